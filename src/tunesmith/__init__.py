@@ -1,0 +1,43 @@
+"""tunesmith fine-tunes large language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "Batch": "tunesmith.types",
+    "Conversation": "tunesmith.types",
+    "DataArguments": "tunesmith.config.arguments",
+    "DataTrainingArguments": "tunesmith.config.arguments",
+    "DatasetAttr": "tunesmith.config.arguments",
+    "FinetuningArguments": "tunesmith.config.arguments",
+    "GeneratingArguments": "tunesmith.config.arguments",
+    "IGNORE_INDEX": "tunesmith.types",
+    "LossOutput": "tunesmith.types",
+    "Message": "tunesmith.types",
+    "ModelArguments": "tunesmith.config.arguments",
+    "PeftTrainer": "tunesmith.train.trainer",
+    "Seq2SeqPeftTrainer": "tunesmith.stages.sft",
+    "TrainingArguments": "tunesmith.config.arguments",
+    "TunesmithError": "tunesmith.errors",
+    "init_adapter": "tunesmith.model.adapter",
+    "load_config": "tunesmith.config.load",
+    "plot_loss": "tunesmith.report.plot",
+    "prepare_data": "tunesmith.data.prepare",
+    "preprocess_data": "tunesmith.data.prepare",
+    "print_dataset_example": "tunesmith.check.preview",
+    "run_sft": "tunesmith.stages.sft",
+    "smooth": "tunesmith.report.plot",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Looks before the leap."""

@@ -1,0 +1,133 @@
+"""The verbs. Each one loads what it needs when it is called, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.errors import TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune large language models: one YAML, one verb at a time.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML or JSON file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that win over the file.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def options(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options before the verb."""
+    if show_version:
+        print(f"tunesmith {version('tunesmith')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train as a configuration says."""
+    from tunesmith.config.load import load_config
+
+    settings, notices = load_config(config, overrides or ())
+    from tunesmith.report.plot import plot_loss
+    from tunesmith.report.summary import summarize
+    from tunesmith.stages.sft import run_sft
+    from tunesmith.train.progress import ConsoleReporter
+
+    with ConsoleReporter() as reporter:
+        for notice in notices:
+            reporter.note(f"note: {notice}")
+        run = run_sft(settings, reporter)
+        if settings.model.plot_loss:
+            plot_loss(run)
+        for line in summarize(run):
+            reporter.note(line)
+
+
+@app.command()
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """Show rows as the model is trained on them, the learned part marked."""
+    from rich.console import Console
+
+    from tunesmith.config.load import load_config
+
+    settings, _ = load_config(config, overrides or ())
+    from tunesmith.check.preview import preview as show
+
+    show(settings, rows, Console(highlight=False, soft_wrap=True), as_json)
+
+
+@app.command()
+def chat(
+    target: Annotated[
+        str, typer.Argument(help="Run folder, model folder, hub id or builtin:smollm2-135m.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end.")] = None,
+) -> None:
+    """Talk to a finished run, or to a model."""
+    from tunesmith.serve.chat import answer_once, load_chat, talk
+
+    loaded = load_chat(target, overrides or ())
+    if prompt is None:
+        talk(loaded)
+    else:
+        answer_once(loaded, prompt)
+
+
+@app.command()
+def config(
+    schema: Annotated[bool, typer.Option("--schema", help="JSON Schema, so that editors complete the YAML.")] = False,
+) -> None:
+    """List every key with its type, default and meaning."""
+    from tunesmith.config.schema import describe_keys, json_schema
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    current = ""
+    for section, key, kind, default, meaning in describe_keys():
+        if section != current:
+            print(f"\n# {section}")
+            current = section
+        print(f"{key}  ({kind}; default {default})\n    {meaning}")
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
+    """Fetch a built-in model; the last line printed is its folder."""
+    from tunesmith.model.builtin import fetch as fetch_model
+
+    print(fetch_model(name, lambda text: print(text, file=sys.stderr)))
+
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Draw a run's curves anew; the last line printed is the picture's path."""
+    from tunesmith.report.plot import plot_loss
+
+    print(plot_loss(run))
+
+
+def main() -> None:
+    """Entry point: errors that a user can cure are one message and an exit status, not a traceback."""
+    try:
+        app()
+    except TunesmithError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,235 @@
+"""The argument classes: one frozen pydantic model per concern, keys named as Transformers and LLaMA-Factory name them.
+
+A field's documentation is its description; ``tunesmith config`` prints it. Rules that join several fields live in
+``config/rules.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _split_commas(value: Any) -> Any:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+NameList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+"""A list of names; a YAML list or one string with commas."""
+
+
+class Arguments(BaseModel):
+    """Base of all argument classes: frozen, no unknown key, no NaN, no silent change of type."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=False
+    )
+
+    def save_to_json(self, path: str | Path) -> None:
+        """Write the fields to ``path`` as JSON, keys sorted."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_from_json(cls, path: str | Path) -> Arguments:
+        """Read what ``save_to_json`` wrote. Raises pydantic's ``ValidationError`` on a wrong value."""
+        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+
+class ModelArguments(Arguments):
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str = Field(
+        min_length=1,
+        description="Model folder, hub id (org/name), or a built-in model: builtin:smollm2-135m.",
+    )
+    model_revision: str = Field("main", description="Branch, tag or commit of a hub model.")
+    cache_dir: str | None = Field(None, description="Where hub downloads are kept; the hub library's own place if unset.")
+    use_auth_token: bool = Field(False, description="Send the stored hub token; needed for private or gated models.")
+    use_fast_tokenizer: bool = Field(True, description="Use the Rust tokenizer. Loss masks need its character offsets.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for code you read.")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="Arithmetic of the forward and backward pass. auto: bf16 where the processor multiplies it natively, "
+        "else fp32. The keys bf16 and fp16 say the same thing.",
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="auto: rows are computed end to end without padding where the model allows it. "
+        "sdpa, eager: the library's attention on padded rows.",
+    )
+    plot_loss: bool = Field(True, description="Draw training_loss.png from the log at the end of the run.")
+
+
+class DatasetAttr(Arguments):
+    """One data set of ``dataset_info.json``."""
+
+    dataset_name: str = Field(description="Name under which dataset_info.json lists it.")
+    load_from: Literal["file"] = Field("file", description="Where it comes from: a local file.")
+    file_name: str = Field(min_length=1, description="File (.json, .jsonl) inside dataset_dir.")
+    dataset_sha1: str | None = Field(None, description="SHA-1 that the file must have.")
+    formatting: Literal["alpaca", "sharegpt"] = Field("alpaca", description="Layout of a row.")
+    num_samples: int | None = Field(None, gt=0, description="Draw that many rows (seeded; repeated if there are fewer).")
+    source_prefix: str = Field("", description="Text put before the first user turn of every row.")
+    prompt_column: str | None = Field("instruction", description="Alpaca: the question.")
+    query_column: str | None = Field("input", description="Alpaca: text that follows the question.")
+    response_column: str | None = Field("output", description="Alpaca: the answer.")
+    history_column: str | None = Field(None, description="Alpaca: earlier [question, answer] pairs.")
+    system_column: str | None = Field(None, description="The system message, if the rows have one.")
+    messages_column: str | None = Field("conversations", description="Sharegpt: the list of turns.")
+    role_tag: str = Field("from", description="Sharegpt: key of a turn's speaker.")
+    content_tag: str = Field("value", description="Sharegpt: key of a turn's text.")
+    user_tag: str = Field("human", description="Sharegpt: speaker name of the user.")
+    assistant_tag: str = Field("gpt", description="Sharegpt: speaker name of the model.")
+    system_tag: str = Field("system", description="Sharegpt: speaker name of a system turn.")
+
+
+class DataArguments(Arguments):
+    """Which rows are trained on, and how they become tokens."""
+
+    dataset: NameList = Field((), description="Names in dataset_info.json, in order, separated by commas.")
+    eval_dataset: NameList = Field((), description="Names in dataset_info.json to evaluate on.")
+    dataset_dir: str = Field("data", description="Folder that holds dataset_info.json and the files it names.")
+    template: Literal["auto"] = Field("auto", description="auto: the tokenizer's own chat template.")
+    default_system: str | None = Field(None, description="System message for rows that have none.")
+    cutoff_len: int = Field(2048, gt=1, description="Longest row in tokens. Longer rows are cut at the end, and counted.")
+    max_samples: int | None = Field(None, gt=0, description="Use only the first N rows of each data set.")
+    val_size: float = Field(0.0, ge=0, description="Hold out this share (below 1) or number (1 and up) of rows for evaluation.")
+    dev_ratio: float = Field(0.0, ge=0, lt=1, description="Hold out this share of rows; the same as val_size below 1.")
+    source_prefix: str = Field(
+        "", description="Text put before the first user turn; one for all sets, or one per set, divided by |."
+    )
+    identity_name: str | None = Field(None, description="Replaces {{name}} in the data.")
+    identity_author: str | None = Field(None, description="Replaces {{author}} in the data.")
+    disable_shuffling: bool = Field(False, description="Train in file order instead of a seeded order.")
+
+
+DataTrainingArguments = DataArguments
+
+
+class FinetuningArguments(Arguments):
+    """What is trained."""
+
+    stage: Literal["sft"] = Field("sft", description="Training stage. sft: supervised fine-tuning.")
+    finetuning_type: Literal["lora", "full"] = Field("lora", description="lora: low-rank adapters. full: all weights.")
+    lora_rank: int = Field(8, gt=0, description="Rank of the adapters.")
+    lora_alpha: float | None = Field(None, gt=0, description="Scale of the adapters; twice the rank if unset.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    lora_target: NameList = Field(("all",), description="Linear layers to adapt, by name; all: every one but the output head.")
+    use_rslora: bool = Field(False, description="Rank-stabilised scale, alpha / sqrt(rank) (arXiv 2312.03732).")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353).")
+
+
+class TrainingArguments(Arguments):
+    """How long, how fast, where to."""
+
+    output_dir: str = Field(min_length=1, description="The run folder.")
+    overwrite_output_dir: bool = Field(
+        False, description="Start anew in a used run folder; removes only files that a run made."
+    )
+    do_train: Literal[True] = Field(True, description="Present for the ecosystem's YAML files; training is what train does.")
+    per_device_train_batch_size: int = Field(4, gt=0, description="Rows in one forward pass.")
+    per_device_eval_batch_size: int = Field(8, gt=0, description="Rows in one evaluation forward pass.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes summed into one update.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data.")
+    max_steps: int = Field(-1, ge=-1, description="Number of updates; -1: from num_train_epochs.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+        "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay",
+    ] = Field("linear", description="Schedule, by Transformers' name.")  # fmt: skip
+    lr_scheduler_kwargs: dict[str, float | int | str] = Field(
+        default_factory=dict, description="Further arguments of the schedule, e.g. {min_lr: 1e-6}."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Updates over which the learning rate rises.")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="The same as a share of all updates; warmup_steps wins.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"] = Field(
+        "adamw_torch", description="Optimizer, by Transformers' name."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices; biases and norms are spared.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this L2 norm; 0: never.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    bf16: bool = Field(False, description="Same as compute_dtype: bf16.")
+    fp16: bool = Field(False, description="Same as compute_dtype: fp16 (with loss scaling).")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, dropout and, unless data_seed is set, order.")
+    data_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the split and of the order of rows.")
+    logging_steps: int = Field(1, gt=0, description="Updates between two lines of trainer_log.jsonl.")
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="When to evaluate.")
+    eval_steps: int | None = Field(
+        None, gt=0, description="Updates between evaluations; save_steps if unset. Setting it implies eval_strategy: steps."
+    )
+    eval_on_start: bool = Field(False, description="Evaluate once before the first update.")
+    save_strategy: Literal["no", "steps", "epoch"] = Field("steps", description="When to write a checkpoint.")
+    save_steps: int = Field(500, gt=0, description="Updates between checkpoints.")
+    save_total_limit: int | None = Field(None, gt=0, description="Keep that many checkpoints; the best and the last stay.")
+    load_best_model_at_end: bool = Field(False, description="Finish with the weights of the best evaluation.")
+    metric_for_best_model: Literal["eval_loss"] = Field("eval_loss", description="What best means: the lowest evaluation loss.")
+    resume_from_checkpoint: str | bool | None = Field(
+        None, description="auto (or true): the newest sound checkpoint of output_dir; or a checkpoint folder."
+    )
+    report_to: Literal["none"] = Field("none", description="Experiment tracker; trainer_log.jsonl is always written.")
+    sample_prompts: tuple[str, ...] = Field((), description="Questions answered greedily before and after training.")
+    sample_max_new_tokens: int = Field(48, gt=0, description="Longest of those answers, in tokens.")
+
+
+class GeneratingArguments(Arguments):
+    """How answers are generated in chat."""
+
+    do_sample: bool = Field(True, description="Sample; false: always the likeliest token.")
+    temperature: float = Field(0.7, gt=0, description="Above 1 flatter, below 1 sharper.")
+    top_p: float = Field(0.9, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
+    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens; 0: all.")
+    num_beams: int = Field(1, gt=0, description="Beams of a beam search; 1: none.")
+    max_length: int | None = Field(None, gt=0, description="Longest prompt plus answer, in tokens.")
+    max_new_tokens: int | None = Field(512, gt=0, description="Longest answer, in tokens. Wins over max_length.")
+    repetition_penalty: float = Field(1.0, gt=0, description="Above 1 discourages tokens that have already appeared.")
+    length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keyword arguments of ``generate``: without max_length where max_new_tokens is set, without unset keys."""
+        values = self.model_dump(exclude_none=True)
+        if "max_new_tokens" in values:
+            values.pop("max_length", None)
+        if not self.do_sample:
+            for key in ("temperature", "top_p", "top_k"):
+                values.pop(key)
+        if self.num_beams == 1:
+            values.pop("length_penalty")
+        return values
+
+
+class RunConfig(Arguments):
+    """All sections of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    finetuning: FinetuningArguments
+    training: TrainingArguments
+    generating: GeneratingArguments
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every key of every section in one flat mapping of plain values, as a YAML file holds them."""
+        flat: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            flat.update(getattr(self, name).model_dump(mode="json"))
+        return flat
+
+
+SECTIONS: dict[str, type[Arguments]] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "finetuning": FinetuningArguments,
+    "training": TrainingArguments,
+    "generating": GeneratingArguments,
+}
+"""Section name -> class, in the order in which ``tunesmith config`` prints them."""

@@ -1,0 +1,200 @@
+"""Data sets -> examples, with an account of every row: kept, cut, dropped, and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.config.arguments import DataArguments
+from tunesmith.data.convert import RowProblem, convert_row
+from tunesmith.data.registry import load_attrs
+from tunesmith.data.source import read_rows
+from tunesmith.data.template import ChatTemplate
+from tunesmith.errors import DataError, TemplateError
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1000
+_SHOWN = 5
+
+
+@dataclass
+class DataReport:
+    """What became of the rows.
+
+    Attributes:
+        read: rows in the files (after max_samples).
+        kept: examples made.
+        dropped: reason -> rows left out.
+        cut: rows that were longer than cutoff_len and lost their end.
+        unfilled: rows that hold ``{{name}}`` or ``{{author}}`` while no value is configured.
+        tokens: tokens of the kept examples.
+        supervised: how many of them are learned.
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, list[Source]] = field(default_factory=dict)
+    cut: list[Source] = field(default_factory=list)
+    unfilled: list[Source] = field(default_factory=list)
+    tokens: int = 0
+    supervised: int = 0
+
+    def drop(self, reason: str, source: Source) -> None:
+        """Count a row that is left out."""
+        self.dropped.setdefault(reason, []).append(source)
+
+    def lines(self) -> Iterator[str]:
+        """The account in sentences, every reason with its count and its first rows."""
+        share = self.supervised / self.tokens if self.tokens else 0.0
+        yield f"{self.kept:,} of {self.read:,} rows kept, {self.tokens:,} tokens, {share:.0%} of them learned"
+        for reason, sources in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
+            yield f"{len(sources):,} dropped: {reason} ({_name_rows(sources)})"
+        if self.cut:
+            yield f"{len(self.cut):,} longer than cutoff_len, end cut off and not learned ({_name_rows(self.cut)})"
+        if self.unfilled:
+            count, rows = len(self.unfilled), _name_rows(self.unfilled)
+            yield f"{count:,} hold {{{{name}}}} or {{{{author}}}}, but identity_name or identity_author is not set ({rows})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The account for machines: rows as ``file:line`` strings."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "dropped": {reason: [str(s) for s in sources] for reason, sources in self.dropped.items()},
+            "cut": [str(s) for s in self.cut],
+            "unfilled": [str(s) for s in self.unfilled],
+        }
+
+
+def _name_rows(sources: Sequence[Source]) -> str:
+    first = ", ".join(str(s) for s in sources[:_SHOWN])
+    return first + (", ..." if len(sources) > _SHOWN else "")
+
+
+def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport, seed: int = 42) -> list[Conversation]:
+    """Read and convert data sets, one after the other.
+
+    Raises:
+        DataError: anything that makes a file unusable, naming file and row.
+    """
+    pairs = (("name", args.identity_name), ("author", args.identity_author))
+    placeholders = {key: value for key, value in pairs if value is not None}
+    missing = [f"{{{{{key}}}}}" for key, value in pairs if value is None]
+    conversations = []
+    for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
+        for row, source in read_rows(attr, args.dataset_dir, args.max_samples, seed):
+            report.read += 1
+            try:
+                conversation = convert_row(row, attr, source, args.default_system, placeholders)
+            except RowProblem as problem:
+                report.drop(str(problem), source)
+                continue
+            if any(mark in m.content for m in conversation.messages for mark in missing):
+                report.unfilled.append(source)
+            conversations.append(conversation)
+    return conversations
+
+
+def preprocess_data(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, cutoff_len: int, report: DataReport
+) -> list[Example]:
+    """Render, tokenise and mask conversations for supervised fine-tuning; every assistant turn is learned.
+
+    A row longer than ``cutoff_len`` tokens loses its end; a row in which nothing is left to learn is dropped. Both
+    are counted in ``report``.
+
+    Raises:
+        DataError: no row is left.
+        TemplateError: the tokenizer has no usable chat template.
+    """
+    template = ChatTemplate(tokenizer)
+    examples: list[Example] = []
+    for chunk in _chunks(conversations, _CHUNK):
+        rendered, sources = [], []
+        for conversation in chunk:
+            try:
+                rendered.append(template.render_supervised(conversation.messages))
+                sources.append(conversation.source)
+            except TemplateError as error:
+                report.drop(str(error), conversation.source)
+        for (input_ids, labels), source in zip(template.encode(rendered), sources, strict=True):
+            example = _finish(input_ids, labels, source, cutoff_len, report)
+            if example is not None:
+                examples.append(example)
+    report.kept += len(examples)
+    if not examples:
+        raise DataError("no trainable tokens in any row:\n  " + "\n  ".join(report.lines()))
+    return examples
+
+
+def _finish(input_ids: np.ndarray, labels: np.ndarray, source: Source, cutoff_len: int, report: DataReport) -> Example | None:
+    if len(input_ids) > cutoff_len:
+        input_ids, labels = input_ids[:cutoff_len], labels[:cutoff_len]
+        if count_supervised(labels):
+            report.cut.append(source)
+        else:
+            report.drop(f"no answer token within cutoff_len {cutoff_len}", source)
+            return None
+    supervised = count_supervised(labels)
+    if not supervised:
+        report.drop("no trainable token", source)
+        return None
+    report.tokens += len(input_ids)
+    report.supervised += supervised
+    return Example(input_ids, labels, source)
+
+
+def count_supervised(labels: np.ndarray) -> int:
+    """Tokens that are learned: supervised ones, the first of the row excepted (nothing predicts it)."""
+    return int((labels[1:] != IGNORE_INDEX).sum())
+
+
+def _chunks(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
+    chunk: list[Conversation] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def split_examples(examples: list[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Divide examples into (train, eval), both in file order.
+
+    Args:
+        examples: all rows.
+        held_out: share of rows (below 1) or number of rows (1 and up) for evaluation.
+        seed: the same seed gives the same split.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    count = round(len(examples) * held_out) if held_out < 1 else int(held_out)
+    if not 0 < count < len(examples):
+        raise DataError(
+            f"holding out {held_out:g} of {len(examples)} rows leaves {len(examples) - count} to train and {count} to evaluate"
+        )
+    chosen = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    train = [example for index, example in enumerate(examples) if index not in chosen]
+    return train, [examples[index] for index in sorted(chosen)]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 over the token ids and labels of all examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.labels.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,39 @@
+"""The one tree of errors. Every message says what was found, where, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class TunesmithError(Exception):
+    """Base of every error that a user can cause and cure.
+
+    Attributes:
+        exit_code: the process exit status with which the command line ends.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(TunesmithError):
+    """The configuration cannot be used; the message lists every problem at once."""
+
+
+class DataError(TunesmithError):
+    """A data set, a data file or a row cannot be used; names file and row."""
+
+
+class TemplateError(TunesmithError):
+    """The chat template cannot render a conversation, or its loss mask cannot be derived."""
+
+
+class ModelError(TunesmithError):
+    """A model, tokenizer or adapter cannot be loaded or used as asked."""
+
+
+class CheckpointError(TunesmithError):
+    """A checkpoint or run folder is missing, damaged, or does not fit the configuration."""
+
+
+class NonFiniteError(TunesmithError):
+    """A loss or gradient is NaN or infinite; raised before the update that it would have spoiled."""
+
+    exit_code = 1

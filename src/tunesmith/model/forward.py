@@ -1,0 +1,98 @@
+"""Flat batch in, logits at chosen positions out, whatever the model can take.
+
+Where a model's attention accepts row boundaries, rows are computed end to end; otherwise they are padded inside
+this module, with a message. The choice is not guessed from names: a probe runs both ways and compares.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tunesmith.model.adapter import unwrap
+from tunesmith.model.attention import SEGMENTS, NotSegmentable
+from tunesmith.types import Batch
+
+_PROBE_LENGTHS = (5, 3, 6)
+
+
+class FlatForward:
+    """Runs a model on flat batches.
+
+    Args:
+        model: what is called; may be wrapped (PEFT, DDP).
+        segments: True to compute rows end to end, False to pad them.
+    """
+
+    def __init__(self, model: Any, segments: bool) -> None:
+        self.model = model
+        self.segments = segments
+        self._keeps_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
+
+    def logits(self, batch: Batch, positions_S: torch.Tensor) -> torch.Tensor:
+        """Logits ``[S, V]`` at flat positions; the output head runs at these positions only where the model allows it."""
+        return self._flat(batch, positions_S) if self.segments else self._padded(batch, positions_S)
+
+    def _flat(self, batch: Batch, positions_S: torch.Tensor) -> torch.Tensor:
+        boundaries = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        longest = max(batch.lengths)
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids_T[None],
+            "position_ids": batch.position_ids_T[None],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "use_cache": False,
+        }
+        if self._keeps_logits:
+            return self.model(**inputs, logits_to_keep=positions_S).logits[0]
+        return self.model(**inputs).logits[0, positions_S]
+
+    def _padded(self, batch: Batch, positions_S: torch.Tensor) -> torch.Tensor:
+        rows, longest = len(batch.lengths), max(batch.lengths)
+        lengths = torch.tensor(batch.lengths, device=batch.input_ids_T.device)
+        real_BL = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
+        input_ids_BL = torch.zeros(rows, longest, dtype=torch.long, device=lengths.device)
+        position_ids_BL = torch.zeros_like(input_ids_BL)
+        input_ids_BL[real_BL] = batch.input_ids_T
+        position_ids_BL[real_BL] = batch.position_ids_T
+        output = self.model(
+            input_ids=input_ids_BL, attention_mask=real_BL.long(), position_ids=position_ids_BL, use_cache=False
+        )
+        return output.logits[real_BL][positions_S]
+
+
+@torch.no_grad()
+def segments_work(model: PreTrainedModel) -> tuple[bool, str]:
+    """Whether end-to-end rows give what padded rows give, and if not, why.
+
+    Leaves the model on segment attention when they do, and as it was otherwise.
+    """
+    before = model.config._attn_implementation
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (sum(_PROBE_LENGTHS),), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
+    batch = Batch(ids, positions, ids, _PROBE_LENGTHS, ()).to(model.device)
+    every = torch.arange(len(ids), device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        padded = FlatForward(model, segments=False).logits(batch, every).float()
+        model.set_attn_implementation(SEGMENTS)
+        flat = FlatForward(model, segments=True).logits(batch, every).float()
+    except (NotSegmentable, ValueError, TypeError, RuntimeError) as error:
+        model.set_attn_implementation(before)
+        return False, str(error).splitlines()[0]
+    finally:
+        model.train(training)
+    difference = ((flat - padded).norm() / padded.norm()).item()
+    allowed = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if not difference <= allowed:
+        model.set_attn_implementation(before)
+        return False, f"rows end to end give other logits (relative difference {difference:.1e})"
+    return True, ""

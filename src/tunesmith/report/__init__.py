@@ -1,0 +1,1 @@
+"""Run folder -> pictures and text. Reads files only."""

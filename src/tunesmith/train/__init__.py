@@ -1,0 +1,1 @@
+"""The one loop: steps, optimizers, schedules, checkpoints, logs."""

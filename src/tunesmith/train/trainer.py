@@ -1,0 +1,348 @@
+"""The training loop. Stages override what a loss is; nothing else loops, steps or saves."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from math import ceil
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
+from tunesmith.config.rules import evaluates
+from tunesmith.data.collator import collate
+from tunesmith.data.loader import DataLoader
+from tunesmith.errors import CheckpointError, TunesmithError
+from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
+from tunesmith.model.forward import FlatForward
+from tunesmith.model.precision import autocast
+from tunesmith.train.checkpoint import (
+    TrainerState,
+    checkpoint_path,
+    load_state,
+    prune,
+    read_state,
+    save_state,
+    write_atomically,
+)
+from tunesmith.train.optimizer import build_optimizer, build_schedule
+from tunesmith.train.progress import Reporter
+from tunesmith.train.runfolder import FINETUNING_ARGS
+from tunesmith.train.runlog import RunLog
+from tunesmith.train.step import StepResult, Updater
+from tunesmith.types import Batch, Example, LossOutput
+
+
+class Interrupted(TunesmithError):
+    """The run was asked to stop; a checkpoint was written first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a trainer needs beside its arguments.
+
+    Attributes:
+        forward: the model, ready for flat batches; its trainable parameters are float32.
+        tokenizer: saved with each checkpoint.
+        train_examples, eval_examples: tokenised rows.
+        device: where batches go.
+        compute_dtype: of matrix products.
+        run: the run folder.
+        reporter: told what happens.
+        finetuning: saved with each checkpoint.
+        inputs: facts that must be the same when the run is continued.
+    """
+
+    forward: FlatForward
+    tokenizer: PreTrainedTokenizerBase
+    train_examples: Sequence[Example]
+    eval_examples: Sequence[Example]
+    device: torch.device
+    compute_dtype: torch.dtype
+    run: Path
+    reporter: Reporter
+    finetuning: FinetuningArguments
+    shuffle: bool = True
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class PeftTrainer:
+    """Trains whatever has ``requires_grad``: adapters or all weights.
+
+    Subclasses override ``compute_loss``, and ``prediction_step`` where evaluation measures more than the loss.
+    """
+
+    def __init__(self, args: TrainingArguments, given: Ingredients) -> None:
+        self.args = args
+        self.given = given
+        self.model = given.forward.model
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.loader = DataLoader(
+            given.train_examples, args.per_device_train_batch_size, args.gradient_accumulation_steps, seed, given.shuffle
+        )
+        total = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * len(self.loader))
+        self.state = TrainerState(total_steps=total, inputs=self._inputs(seed))
+        self.optimizer = build_optimizer(args, trainable_parameters(self.model))
+        self.schedule = build_schedule(args, self.optimizer, total)
+        fp16 = given.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(given.device.type) if fp16 else None
+        self.updater = Updater(self.optimizer, args.max_grad_norm, self.scaler)
+        self._stop_signal: int | None = None
+
+    def _inputs(self, seed: int) -> dict[str, Any]:
+        return {
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "data_seed": seed,
+            "shuffle": self.given.shuffle,
+            "compute_dtype": str(self.given.compute_dtype).removeprefix("torch."),
+            **self.given.inputs,
+        }
+
+    # ---- what stages override
+
+    def compute_loss(self, batch: Batch) -> LossOutput:
+        """Forward pass of one micro-batch: summed loss and its count."""
+        raise TypeError(f"{type(self).__name__} trains nothing: a stage's trainer says what the loss is")
+
+    def prediction_step(self, batch: Batch) -> LossOutput:
+        """Forward pass of one evaluation batch, without gradients."""
+        return self.compute_loss(batch)
+
+    # ---- the loop
+
+    def train(self, checkpoint: Path | None = None) -> TrainerState:
+        """Run to the planned number of updates.
+
+        Args:
+            checkpoint: continue from here.
+
+        Returns:
+            The final state; the model holds the last weights, or the best ones with ``load_best_model_at_end``.
+
+        Raises:
+            NonFiniteError, CheckpointError, Interrupted: after which earlier checkpoints are whole.
+        """
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        log = RunLog(self.given.run, self.state.step)
+        reporter = self.given.reporter
+        with contextlib.ExitStack() as stack:
+            stack.callback(log.close)
+            stack.callback(reporter.stop)
+            stack.enter_context(self._signals())
+            reporter.start(self.state.total_steps, self.state.step)
+            if self.args.eval_on_start and self.state.step == 0 and self.given.eval_examples:
+                self._evaluate(log)
+            self._loop(log)
+        if self.args.load_best_model_at_end and self.state.best_step is not None:
+            load_trainable(self.model, checkpoint_path(self.given.run, self.state.best_step))
+        return self.state
+
+    def _loop(self, log: RunLog) -> None:
+        state, began = self.state, time.monotonic()
+        elapsed_before, steps_before = state.elapsed, state.step
+        self.model.train()
+        for window in self._windows():
+            started = time.monotonic()
+            rate = self.optimizer.param_groups[0]["lr"]
+            result = self.training_step(window)
+            state.elapsed = elapsed_before + time.monotonic() - began
+            if state.step % self.args.logging_steps == 0 or state.step in (1, state.total_steps):
+                pace = (state.elapsed - elapsed_before) / (state.step - steps_before)
+                self._log_step(log, result, rate, time.monotonic() - started, pace)
+            self._after_step(log)
+
+    def training_step(self, window: Sequence[Batch]) -> StepResult:
+        """One update on a window of micro-batches; advances the state."""
+        state = self.state
+        on_device = [batch.to(self.given.device) for batch in window]
+        result = self.updater.update(on_device, self.compute_loss, state.step + 1)
+        self.schedule.step()
+        state.step += 1
+        state.window += 1
+        if state.window == len(self.loader):
+            state.epoch, state.window = state.epoch + 1, 0
+        state.loss_sum += result.loss_sum
+        state.loss_count += result.count
+        return result
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        while self.state.step < self.state.total_steps:
+            for window in self.loader.windows(self.state.epoch, self.state.window):
+                yield window
+                if self.state.step >= self.state.total_steps:
+                    return
+
+    def _after_step(self, log: RunLog) -> None:
+        state, args = self.state, self.args
+        last = state.step == state.total_steps
+        epoch_ended = state.window == 0
+        improved = False
+        if self.given.eval_examples and (last or self._due(self._eval_every(), epoch_ended)):
+            improved = self._evaluate(log)
+        every: dict[str, int | str] = {"steps": args.save_steps, "epoch": "epoch"}
+        save_every = every.get(args.save_strategy)
+        stopping = self._stop_signal is not None
+        due = save_every is not None and (last or self._due(save_every, epoch_ended))
+        if due or stopping or (improved and args.load_best_model_at_end):
+            self.save_checkpoint()
+        if stopping and not last:
+            self._raise_interrupted()
+
+    def _eval_every(self) -> int | str | None:
+        if not evaluates(self.args):
+            return None
+        return "epoch" if self.args.eval_strategy == "epoch" else self.args.eval_steps or self.args.save_steps
+
+    def _due(self, every: int | str | None, epoch_ended: bool) -> bool:
+        if isinstance(every, int):
+            return self.state.step % every == 0
+        return every == "epoch" and epoch_ended
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss, and whatever ``prediction_step`` measures, over the evaluation rows; sums divided once."""
+        self.model.eval()
+        loss_sum, count = 0.0, 0
+        sums: dict[str, tuple[float, int]] = {}
+        size = self.args.per_device_eval_batch_size
+        rows = sorted(self.given.eval_examples, key=len)
+        for begin in range(0, len(rows), size):
+            output = self.prediction_step(collate(rows[begin : begin + size]).to(self.given.device))
+            loss_sum += output.sum.item()
+            count += output.count
+            for name, (value, number) in output.metrics.items():
+                before = sums.get(name, (0.0, 0))
+                sums[name] = (before[0] + value, before[1] + number)
+        self.model.train()
+        return {"eval_loss": loss_sum / count, **{f"eval_{name}": s / n for name, (s, n) in sums.items()}}
+
+    def _evaluate(self, log: RunLog) -> bool:
+        metrics = self.evaluate()
+        self._write(log, metrics)
+        loss = metrics["eval_loss"]
+        improved = self.state.step > 0 and (self.state.best_metric is None or loss < self.state.best_metric)
+        if improved:
+            self.state.best_metric, self.state.best_step = loss, self.state.step
+        return improved
+
+    # ---- logging
+
+    def _log_step(self, log: RunLog, result: StepResult, rate: float, seconds: float, pace: float) -> None:
+        state = self.state
+        self._write(
+            log,
+            {
+                "loss": state.loss_sum / state.loss_count,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                **({"skipped": True} if result.skipped else {}),
+                "num_tokens": result.num_tokens,
+                "step_seconds": round(seconds, 4),
+                "tokens_per_second": round(result.num_tokens / seconds, 1),
+                "remaining_time": _clock(pace * (state.total_steps - state.step)),
+            },
+        )
+        state.loss_sum, state.loss_count = 0.0, 0
+
+    def _write(self, log: RunLog, values: dict[str, Any]) -> None:
+        state = self.state
+        entry = {
+            "current_steps": state.step,
+            "total_steps": state.total_steps,
+            "epoch": round(state.epoch + state.window / len(self.loader), 4),
+            "percentage": round(100 * state.step / state.total_steps, 2),
+            "elapsed_time": _clock(state.elapsed),
+            **values,
+        }
+        log.write(entry)
+        self.given.reporter.logged(entry)
+
+    # ---- checkpoints
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of this step and delete what ``save_total_limit`` no longer allows."""
+        folder = checkpoint_path(self.given.run, self.state.step)
+
+        def fill(scratch: Path) -> None:
+            save_trainable(self.model, scratch)
+            save_state(scratch, self.state, self.optimizer, self.schedule, self.scaler)
+            self.given.tokenizer.save_pretrained(scratch)
+            self.given.finetuning.save_to_json(scratch / FINETUNING_ARGS)
+
+        write_atomically(folder, fill)
+        keep = {self.state.step} | ({self.state.best_step} if self.state.best_step is not None else set())
+        prune(self.given.run, self.args.save_total_limit, keep)
+        return folder
+
+    def _resume(self, folder: Path) -> None:
+        saved = read_state(folder)["state"]
+        changed = [
+            f"{key}: {saved['inputs'].get(key)!r} then, {value!r} now"
+            for key, value in self.state.inputs.items()
+            if saved["inputs"].get(key) != value
+        ]
+        if changed:
+            raise CheckpointError(f"{folder}: the run cannot be continued with other inputs:\n  " + "\n  ".join(changed))
+        total = self.state.total_steps
+        load_trainable(self.model, folder)
+        self.state = load_state(folder, self.optimizer, self.schedule, self.scaler)
+        self.state.total_steps = total
+        if self.state.step >= total:
+            done = f"{self.state.step}/{total} updates"
+            self.given.reporter.note(f"already complete ({done}); raise max_steps or num_train_epochs to go on")
+
+    # ---- signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops after the current step; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+            self.given.reporter.note("stopping after this step, with a checkpoint; once more stops at once")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _raise_interrupted(self) -> None:
+        assert self._stop_signal is not None
+        raise Interrupted(
+            f"stopped at step {self.state.step} of {self.state.total_steps}; go on with the same command and "
+            "resume_from_checkpoint=auto",
+            128 + self._stop_signal,
+        )
+
+
+def autocast_of(given: Ingredients) -> contextlib.AbstractContextManager[object]:
+    """The context in which a stage runs its forward pass."""
+    return autocast(given.device, given.compute_dtype)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
