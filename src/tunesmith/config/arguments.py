@@ -217,6 +217,13 @@ class RunConfig(Arguments):
     training: TrainingArguments
     generating: GeneratingArguments
 
+    @property
+    def compute_dtype(self) -> str:
+        """``auto``, ``bf16``, ``fp16`` or ``fp32``, whichever of the three keys said it."""
+        if self.training.bf16:
+            return "bf16"
+        return "fp16" if self.training.fp16 else self.model.compute_dtype
+
     def to_flat(self) -> dict[str, Any]:
         """Every key of every section in one flat mapping of plain values, as a YAML file holds them."""
         flat: dict[str, Any] = {}

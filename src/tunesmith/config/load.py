@@ -16,14 +16,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tunesmith.config.arguments import SECTIONS, Arguments, GeneratingArguments, RunConfig
+from tunesmith.config.arguments import SECTIONS, Arguments, GeneratingArguments, ModelArguments, RunConfig
 from tunesmith.config.rules import NICKNAMES, NO_EFFECT, UNSUPPORTED, violations
 from tunesmith.errors import ConfigError
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")}
 _MAX_BYTES = 1 << 20
-SECTION_OF = {key: name for name, cls in SECTIONS.items() for key in cls.model_fields}
-"""Key -> section."""
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     return RunConfig(**sections), notices
 
 
-def load_generating(base: dict[str, Any], overrides: Sequence[str]) -> GeneratingArguments:
-    """The generation section of a saved run with ``key=value`` changes. Raises ConfigError as ``load_config`` does."""
-    raw = RawConfig(values={k: v for k, v in base.items() if k in GeneratingArguments.model_fields})
+def load_model_settings(name_or_path: str, overrides: Sequence[str]) -> tuple[ModelArguments, GeneratingArguments]:
+    """Settings for using a model without a run: only those two sections. Raises ConfigError as ``load_config`` does."""
+    raw = RawConfig(values={"model_name_or_path": name_or_path})
     read_overrides(overrides, raw)
-    sections = parse_sections(raw, {"generating": GeneratingArguments})
+    wanted: dict[str, type[Arguments]] = {"model": ModelArguments, "generating": GeneratingArguments}
+    parsed = parse_sections(raw, wanted)
     if raw.problems:
         raise ConfigError(describe(raw.problems, None))
-    return sections["generating"]  # type: ignore[return-value]
+    model, generating = parsed["model"], parsed["generating"]
+    assert isinstance(model, ModelArguments)
+    assert isinstance(generating, GeneratingArguments)
+    return model, generating
 
 
 def read_file(path: Path, raw: RawConfig) -> None:
@@ -148,8 +151,12 @@ def _read_yaml(text: str, path: Path, raw: RawConfig) -> None:
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     """Parse to nodes; refuse aliases and tags before building anything."""
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise ConfigError(f"{_place(name, event.start_mark)}  nested too deeply; a configuration is one flat mapping")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise ConfigError(f"{_place(name, event.start_mark)}  anchors and aliases (& *) are not used here")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -158,8 +165,6 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise ConfigError(f"{place}  not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply; a configuration is one flat mapping") from None
     _check_tags(node, name)
     return node
 

@@ -66,7 +66,6 @@ NICKNAMES = {
     "gradient_accumulation": "gradient_accumulation_steps",
     "lora_r": "lora_rank",
     "lr": "learning_rate",
-    "max_length": "cutoff_len",
     "max_seq_length": "cutoff_len",
     "max_seq_len": "cutoff_len",
     "model": "model_name_or_path",
@@ -140,6 +139,7 @@ def _evaluation_rules(data: DataArguments, training: TrainingArguments) -> Itera
         key = "eval_steps" if training.eval_steps is not None else "eval_strategy"
         yield key, "nothing to evaluate on; set val_size (e.g. 0.05) or eval_dataset"
     if has_rows and not evaluates(training):
-        yield "eval_strategy", "rows are held out but never used; set eval_strategy: epoch, or eval_steps: N"
+        key = next(name for name in ("eval_dataset", "val_size", "dev_ratio") if getattr(data, name))
+        yield key, "rows are held out but never used; set eval_strategy: epoch, or eval_steps: N"
     if training.load_best_model_at_end and not evaluates(training):
         yield "load_best_model_at_end", "needs evaluation; set eval_strategy or eval_steps"

@@ -43,8 +43,13 @@ def _library_error(what: str, path: str, error: Exception) -> ModelError:
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token. Raises ModelError when it cannot be loaded."""
     path = model_path(args)
+    return read_tokenizer(path, **_hub_options(args, path))
+
+
+def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder, a run's among them. Raises ModelError when it cannot be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_options(args, path))
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _library_error("tokenizer", path, error) from error
     repair_pad_token(tokenizer)

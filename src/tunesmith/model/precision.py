@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from tunesmith.config.arguments import ModelArguments, TrainingArguments
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -29,15 +27,11 @@ def multiplies_bf16(device: torch.device) -> bool:
     return False
 
 
-def compute_dtype(model_args: ModelArguments, training: TrainingArguments, device: torch.device) -> torch.dtype:
-    """Arithmetic of forward and backward from ``compute_dtype``, ``bf16`` and ``fp16``."""
-    if training.bf16:
-        return torch.bfloat16
-    if training.fp16:
-        return torch.float16
-    if model_args.compute_dtype != "auto":
-        return DTYPES[model_args.compute_dtype]
-    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that ``auto``, ``bf16``, ``fp16`` or ``fp32`` means on ``device``."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    return DTYPES[name]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from tunesmith.config.arguments import GeneratingArguments, ModelArguments
-from tunesmith.config.load import RawConfig, load_generating, read_file
+from tunesmith.config.load import load_config, load_model_settings
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.generate.engine import ChatEngine
 from tunesmith.model.adapter import ADAPTER_CONFIG, load_finished
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import load_base_model, load_tokenizer
-from tunesmith.model.precision import DTYPES, multiplies_bf16, pick_device
+from tunesmith.model.load import load_base_model, load_tokenizer, read_tokenizer
+from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.train.runfolder import CONFIG, is_finished
 from tunesmith.types import Message
 
@@ -37,38 +37,33 @@ def load_chat(target: str, overrides: Sequence[str] = ()) -> Chat:
 
     Args:
         target: run folder, model folder, hub id or ``builtin:...``.
-        overrides: ``key=value`` changes of the generation settings.
+        overrides: ``key=value`` settings; for a run they win over its ``config.yaml``.
 
     Raises:
         CheckpointError: a run folder without a finished result.
         ModelError, ConfigError: as from loading.
     """
     quiet_library()
-    run = Path(target)
-    saved: dict[str, object] = {}
-    if (run / CONFIG).is_file():
-        raw = RawConfig()
-        read_file(run / CONFIG, raw)
-        saved = raw.values
-        if not is_finished(run):
-            raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
-    generating = load_generating(saved, overrides)
-    known = {key: value for key, value in saved.items() if key in ModelArguments.model_fields}
-    adapted = (run / ADAPTER_CONFIG).is_file()
-    base = ModelArguments.model_validate(
-        {**known, "model_name_or_path": saved["model_name_or_path"] if adapted and saved else target}
-    )
     device = pick_device()
-    dtype = DTYPES.get(base.compute_dtype) or (torch.bfloat16 if multiplies_bf16(device) else torch.float32)
-    plain = load_base_model(base, dtype, device)
-    model: torch.nn.Module = plain
-    if adapted:
-        if not saved:
+    run = Path(target)
+    if not (run / CONFIG).is_file():
+        if (run / ADAPTER_CONFIG).is_file():
             raise ModelError(f"{run}: an adapter without {CONFIG}; its base model is not known")
-        model = load_finished(plain, run)
-    tokenizer = load_tokenizer(base.model_copy(update={"model_name_or_path": target}) if saved else base)
-    system = saved.get("default_system")
-    return Chat(ChatEngine(model, tokenizer), generating, str(system) if system is not None else None)
+        model_args, generating = load_model_settings(target, overrides)
+        plain = load_base_model(model_args, resolve_dtype(model_args.compute_dtype, device), device)
+        return Chat(ChatEngine(plain, load_tokenizer(model_args)), generating, None)
+    if not is_finished(run):
+        raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
+    config, _ = load_config(run / CONFIG, overrides)
+    tuned = load_tuned(run, config.model, resolve_dtype(config.compute_dtype, device), device)
+    return Chat(ChatEngine(tuned, read_tokenizer(str(run))), config.generating, config.data.default_system)
+
+
+def load_tuned(run: Path, args: ModelArguments, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The result of a run: its adapter on the base model, or its own weights. Raises ModelError."""
+    if (run / ADAPTER_CONFIG).is_file():
+        return load_finished(load_base_model(args, dtype, device), run)
+    return load_base_model(args.model_copy(update={"model_name_or_path": str(run)}), dtype, device)
 
 
 def answer_once(chat: Chat, prompt: str) -> None:

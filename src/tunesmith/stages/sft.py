@@ -20,7 +20,7 @@ from tunesmith.model.adapter import count_parameters, init_adapter, save_finishe
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import check_vocabulary, load_base_model, load_tokenizer, model_path, prepare_flat
-from tunesmith.model.precision import compute_dtype, pick_device
+from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.train.checkpoint import write_json
 from tunesmith.train.progress import Reporter
 from tunesmith.train.runfolder import (
@@ -104,7 +104,7 @@ def run_sft(config: RunConfig, reporter: Reporter) -> Path:
 
     set_seed(training.seed)
     device = pick_device()
-    dtype = compute_dtype(config.model, training, device)
+    dtype = resolve_dtype(config.compute_dtype, device)
     base_name = model_path(config.model)
     attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
     base = load_base_model(config.model, dtype, device, attention)

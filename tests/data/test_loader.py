@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tunesmith.data.collator import collate
+from tunesmith.data.loader import DataLoader
+from tunesmith.types import Example, Source
+
+
+def examples(count: int) -> list[Example]:
+    made = []
+    for index in range(count):
+        ids = np.arange(index + 2, dtype=np.int32) + 10 * index
+        made.append(Example(ids, ids.copy(), Source("d", "f", index + 1, index + 1)))
+    return made
+
+
+def rows(loader: DataLoader, epoch: int, start: int = 0) -> list[list[list[int]]]:
+    return [[[s.row for s in batch.sources] for batch in window] for window in loader.windows(epoch, start)]
+
+
+def test_collate_lays_rows_end_to_end() -> None:
+    batch = collate(examples(2))
+    assert batch.input_ids_T.tolist() == [0, 1, 10, 11, 12]
+    assert batch.position_ids_T.tolist() == [0, 1, 0, 1, 2]
+    assert batch.lengths == (2, 3)
+    assert batch.num_tokens == 5
+    assert [s.row for s in batch.sources] == [1, 2]
+
+
+def test_windows_in_file_order_with_a_short_last_one() -> None:
+    loader = DataLoader(examples(11), batch_size=2, accumulation=2, shuffle=False)
+    assert rows(loader, 0) == [[[1, 2], [3, 4]], [[5, 6], [7, 8]], [[9, 10], [11]]]
+    assert len(loader) == 3
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (4, 2), (1, 8)])
+def test_windows_hold_the_same_rows_however_they_are_split(size: int, accumulation: int) -> None:
+    loader = DataLoader(examples(22), size, accumulation, seed=3)
+    flat = [sorted(r for batch in window for r in batch) for window in rows(loader, 1)]
+    reference = [sorted(r for batch in window for r in batch) for window in rows(DataLoader(examples(22), 8, 1, seed=3), 1)]
+    assert flat == reference
+    assert [len(window) for window in flat] == [8, 8, 6]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    loader = DataLoader(examples(20), 4, seed=7)
+    assert rows(loader, 0) == rows(DataLoader(examples(20), 4, seed=7), 0)
+    assert rows(loader, 0) != rows(loader, 1)
+    assert rows(loader, 0) != rows(DataLoader(examples(20), 4, seed=8), 0)
+    assert sorted(r for w in rows(loader, 5) for b in w for r in b) == list(range(1, 21))
+
+
+def test_starting_in_the_middle_gives_the_rest() -> None:
+    loader = DataLoader(examples(20), 3, 2, seed=7)
+    for start in range(len(loader) + 1):
+        assert rows(loader, 2, start) == rows(loader, 2)[start:]

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.conftest import SHARED, make_rows, write_dataset
+from tunesmith.config.arguments import DataArguments
+from tunesmith.data.prepare import DataReport, fingerprint, prepare_data, preprocess_data, split_examples
+from tunesmith.errors import DataError
+from tunesmith.types import IGNORE_INDEX, Example
+
+
+def prepare(model: Path, folder: Path, name: str = "rows", **values: Any) -> tuple[list[Example], DataReport]:
+    report = DataReport()
+    args = DataArguments(dataset=name, dataset_dir=str(folder), **values)
+    conversations = prepare_data(args, args.dataset, report)
+    return preprocess_data(conversations, AutoTokenizer.from_pretrained(model), args.cutoff_len, report), report
+
+
+def test_every_row_is_accounted_for(tiny_model: Path, tmp_path: Path) -> None:
+    rows: list[Any] = make_rows(10)
+    rows[2]["output"] = ""
+    rows[5]["instruction"] = 3
+    rows[7]["output"] = "the " * 400
+    rows[8]["instruction"] = "the " * 400
+    examples, report = prepare(tiny_model, write_dataset(tmp_path, rows), cutoff_len=200)
+    assert report.read == 10
+    assert report.kept == len(examples) == 7
+    assert {r: [s.row for s in v] for r, v in report.dropped.items()} == {
+        "empty assistant turn": [3],
+        "instruction is a number, expected text": [6],
+        "no answer token within cutoff_len 200": [9],
+    }
+    assert [s.row for s in report.cut] == [8]
+    assert report.read == report.kept + sum(map(len, report.dropped.values()))
+    text = "\n".join(report.lines())
+    assert "7 of 10 rows kept" in text
+    assert "rows.jsonl:9 (row 9)" in text
+    assert "1 longer than cutoff_len" in text
+    assert report.tokens == sum(map(len, examples))
+    assert report.supervised == sum(int((e.labels != IGNORE_INDEX).sum()) for e in examples)
+
+
+def test_d3_nothing_left_to_learn_is_an_error_with_reasons(tiny_model: Path, dataset: Path) -> None:
+    with pytest.raises(DataError, match=r"no trainable tokens.*\n.*0 of 22(.*\n)*.*cutoff_len 4"):
+        prepare(tiny_model, dataset, cutoff_len=4)
+
+
+def test_placeholders_left_open_are_reported(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, [{"instruction": "who", "output": "{{name}}"}])
+    assert len(prepare(tiny_model, folder)[1].unfilled) == 1
+    assert not prepare(tiny_model, folder, identity_name="M", identity_author="A")[1].unfilled
+
+
+def test_sets_are_joined_in_order_and_limited_each(tiny_model: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path, make_rows(5, 1), "a")
+    write_dataset(tmp_path, make_rows(5, 2), "b")
+    examples, _ = prepare(tiny_model, tmp_path, "b,a", max_samples=2)
+    assert [(e.source.dataset, e.source.row) for e in examples] == [("b", 1), ("b", 2), ("a", 1), ("a", 2)]
+
+
+def test_split_is_seeded_disjoint_and_whole(tiny_model: Path, dataset: Path) -> None:
+    examples, _ = prepare(tiny_model, dataset)
+    train, held_out = split_examples(examples, 0.25, seed=1)
+    assert (len(train), len(held_out)) == (16, 6)
+    rows = [e.source.row for e in train] + [e.source.row for e in held_out]
+    assert sorted(rows) == list(range(1, 23))
+    assert [e.source.row for e in split_examples(examples, 0.25, seed=1)[1]] == [e.source.row for e in held_out]
+    assert [e.source.row for e in split_examples(examples, 0.25, seed=2)[1]] != [e.source.row for e in held_out]
+    assert len(split_examples(examples, 5, seed=1)[1]) == 5
+    for share in (22, 0.01, 100):
+        with pytest.raises(DataError, match="to evaluate"):
+            split_examples(examples, share, seed=1)
+
+
+def test_fingerprint_sees_every_change(tiny_model: Path, dataset: Path) -> None:
+    examples, _ = prepare(tiny_model, dataset)
+    base = fingerprint(examples)
+    assert base == fingerprint(list(examples))
+    assert base != fingerprint(examples[:-1])
+    examples[3].labels[-2] = IGNORE_INDEX
+    assert base != fingerprint(examples)
+
+
+@pytest.mark.parametrize("name", ["identity", "alpaca_en_demo", "alpaca_zh_demo"])
+def test_real_sets_convert_without_loss(tiny_model: Path, shared: Path, name: str) -> None:
+    examples, report = prepare(tiny_model, shared / "data" / "demo", name, cutoff_len=8192)
+    dropped = sum(map(len, report.dropped.values()))
+    assert report.read == report.kept + dropped
+    assert report.kept > 0.99 * report.read
+    assert len(examples) == report.kept
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
+def test_real_ids_are_those_of_apply_chat_template(tiny_model: Path) -> None:
+    folder = SHARED / "data" / "demo"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    report = DataReport()
+    args = DataArguments(dataset="alpaca_zh_demo", dataset_dir=str(folder), max_samples=50, cutoff_len=8192)
+    conversations = prepare_data(args, args.dataset, report)
+    examples = preprocess_data(conversations, tokenizer, args.cutoff_len, report)
+    for conversation, example in zip(conversations, examples, strict=True):
+        plain = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        assert example.input_ids.tolist() == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)

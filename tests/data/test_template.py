@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.conftest import CHATML
+from tunesmith.data.template import ChatTemplate
+from tunesmith.errors import TemplateError
+from tunesmith.types import IGNORE_INDEX, Message
+
+DIALOGUE = [
+    Message("system", "rain"),
+    Message("user", "the cat 你好"),
+    Message("assistant", "  sat on a mat 🙂 "),
+    Message("user", "and\n<b>"),
+    Message("assistant", "one\n\nred bird"),
+]
+
+
+@pytest.fixture
+def template(tiny_model: Path) -> ChatTemplate:
+    return ChatTemplate(AutoTokenizer.from_pretrained(tiny_model))
+
+
+def learned(template: ChatTemplate, messages: list[Message]) -> list[str]:
+    """Decoded stretches of supervised tokens."""
+    ((ids, labels),) = template.encode([template.render_supervised(messages)])
+    pieces: list[list[int]] = [[]]
+    for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        if label != IGNORE_INDEX:
+            assert label == token
+            pieces[-1].append(token)
+        elif pieces[-1]:
+            pieces.append([])
+    return [template.tokenizer.decode(piece) for piece in pieces if piece]
+
+
+def test_every_assistant_turn_with_its_end_is_learned_and_nothing_else(template: ChatTemplate) -> None:
+    assert learned(template, DIALOGUE) == ["  sat on a mat 🙂 <|im_end|>", "one\n\nred bird<|im_end|>"]
+
+
+def test_ids_are_those_of_apply_chat_template(template: ChatTemplate) -> None:
+    ((ids, _),) = template.encode([template.render_supervised(DIALOGUE)])
+    plain = [{"role": m.role, "content": m.content} for m in DIALOGUE]
+    assert ids.tolist() == template.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+
+
+def test_the_prompt_in_chat_is_the_prompt_in_training(template: ChatTemplate) -> None:
+    ((ids, labels),) = template.encode([template.render_supervised(DIALOGUE)])
+    first = int((labels != IGNORE_INDEX).argmax())
+    assert template.encode_prompt(DIALOGUE[:2]) == ids[:first].tolist()
+
+
+def test_batched_encoding_equals_one_by_one(template: ChatTemplate) -> None:
+    rendered = [template.render_supervised(DIALOGUE[: 2 * i + 1]) for i in (1, 2)]
+    together = template.encode(rendered)
+    for one, many in zip([template.encode([r])[0] for r in rendered], together, strict=True):
+        assert one[0].tolist() == many[0].tolist()
+        assert one[1].tolist() == many[1].tolist()
+
+
+def test_a_template_without_end_of_turn_is_refused(template: ChatTemplate) -> None:
+    template.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(TemplateError, match="never learn to stop"):
+        template.render_supervised(DIALOGUE)
+
+
+def test_a_template_that_rewrites_content_is_refused(template: ChatTemplate) -> None:
+    template.tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
+    with pytest.raises(TemplateError, match="rewrites the content of turn 3"):
+        template.render_supervised(DIALOGUE)
+
+
+def test_a_template_that_rewrites_history_is_refused(template: ChatTemplate) -> None:
+    template.tokenizer.chat_template = "{{ messages | length }}" + CHATML
+    with pytest.raises(TemplateError, match="changes what stands before turn 3"):
+        template.render_supervised(DIALOGUE)
+
+
+def test_what_the_template_refuses_is_said(template: ChatTemplate) -> None:
+    template.tokenizer.chat_template = "{{ raise_exception('only user and assistant') }}"
+    with pytest.raises(TemplateError, match="only user and assistant"):
+        template.render(DIALOGUE)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
+        "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+        "{{ messages | map(attribute='__class__') | list }}",
+        "{{ (messages | attr('__class__')).mro() }}",
+    ],
+)
+def test_m5_templates_run_in_a_sandbox(
+    template: ChatTemplate, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    template.tokenizer.chat_template = attack
+    try:
+        text = template.render(DIALOGUE)
+    except TemplateError:
+        text = ""
+    assert "type" not in text
+    assert "os" not in text
+    assert not (tmp_path / "CANARY").exists()
+
+
+def test_no_template_is_an_error(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match="no chat template"):
+        ChatTemplate(tokenizer)

@@ -1,0 +1,170 @@
+"""What must not change the result: how a batch is split, laid out, recomputed, or read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import SHARED
+from tunesmith.config.arguments import FinetuningArguments, ModelArguments
+from tunesmith.config.load import load_config
+from tunesmith.data.collator import collate
+from tunesmith.data.prepare import DataReport
+from tunesmith.losses.cross_entropy import next_token_targets, token_nll
+from tunesmith.model.adapter import init_adapter, trainable_parameters
+from tunesmith.model.attention import SEGMENTS
+from tunesmith.model.forward import FlatForward, segments_work
+from tunesmith.model.load import load_base_model
+from tunesmith.stages.sft import load_examples, run_sft
+from tunesmith.train.progress import SilentReporter
+from tunesmith.train.runlog import read_log
+from tunesmith.types import Example
+
+ARCHITECTURES = ["stories260K" + suffix for suffix in ("", "-mistral", "-qwen2", "-phi3", "-gemma", "-mixtral")]
+
+
+def history(settings: dict[str, Any], write_config: Any, name: str, **changes: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each update of a run."""
+    run = Path(settings["output_dir"]).parent / name
+    config, _ = load_config(write_config({**settings, **changes, "output_dir": str(run)}))
+    run_sft(config, SilentReporter())
+    return [(e["loss"], e["grad_norm"]) for e in read_log(run) if "loss" in e]
+
+
+def assert_close(one: list[tuple[float, float]], other: list[tuple[float, float]], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=tolerance, atol=0)
+
+
+def test_n2_splitting_a_batch_changes_nothing(settings: dict[str, Any], write_config: Any) -> None:
+    """22 rows: the last window is short."""
+    splits = [(8, 1), (4, 2), (1, 8)]
+    runs = [
+        history(
+            settings, write_config, f"{b}x{a}", per_device_train_batch_size=b, gradient_accumulation_steps=a, num_train_epochs=2
+        )
+        for b, a in splits
+    ]
+    assert len(runs[0]) == 6
+    for other in runs[1:]:
+        assert_close(runs[0], other)
+
+
+def test_n2_padded_equals_flat(settings: dict[str, Any], write_config: Any) -> None:
+    flat = history(settings, write_config, "flat")
+    assert_close(flat, history(settings, write_config, "sdpa", attn_implementation="sdpa"))
+    assert_close(flat, history(settings, write_config, "eager", attn_implementation="eager"))
+
+
+def test_gradient_checkpointing_changes_nothing(settings: dict[str, Any], write_config: Any) -> None:
+    settings["lora_dropout"] = 0.1
+    plain = history(settings, write_config, "plain")
+    assert_close(plain, history(settings, write_config, "recomputed", gradient_checkpointing=True))
+
+
+def test_logging_interval_weighs_by_tokens(settings: dict[str, Any], write_config: Any) -> None:
+    every = history(settings, write_config, "every", max_steps=4, learning_rate=1e-12)
+    config, _ = load_config(write_config({**settings, "max_steps": 4}))
+    counts = []
+    from tunesmith.data.loader import DataLoader
+
+    examples, _ = load_examples(config, AutoTokenizer.from_pretrained(settings["model_name_or_path"]), DataReport())
+    for window in list(DataLoader(examples, 4, seed=42).windows(0))[:4]:
+        counts.append(sum(int((b.labels_T != -100).sum()) for b in window))
+    rare = history(settings, write_config, "rare", max_steps=4, learning_rate=1e-12, logging_steps=4)
+    expected = sum(loss * n for (loss, _), n in zip(every[1:], counts[1:], strict=True)) / sum(counts[1:])
+    assert rare[-1][0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_full_training_too(settings: dict[str, Any], write_config: Any) -> None:
+    full = {"finetuning_type": "full", "learning_rate": 1e-3}
+    one = history(settings, write_config, "one", **full)
+    assert one[-1][0] < one[0][0]
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert_close(one, history(settings, write_config, "two", **full, **split))
+
+
+def _examples(settings: dict[str, Any], write_config: Any) -> list[Example]:
+    config, _ = load_config(write_config(settings))
+    return load_examples(config, AutoTokenizer.from_pretrained(settings["model_name_or_path"]), DataReport())[0]
+
+
+def test_n3_rows_end_to_end_never_see_each_other(settings: dict[str, Any], write_config: Any) -> None:
+    examples = _examples(settings, write_config)[:4]
+    model = load_base_model(
+        ModelArguments(model_name_or_path=settings["model_name_or_path"]), torch.float32, torch.device("cpu")
+    )
+    assert segments_work(model) == (True, "")
+    forward = FlatForward(model, segments=True)
+
+    def nll(rows: list[Example]) -> list[torch.Tensor]:
+        batch = collate(rows)
+        positions, targets = next_token_targets(batch.labels_T, batch.lengths)
+        with torch.no_grad():
+            values = token_nll(forward.logits(batch, positions), targets)
+        counts = [int((row.labels[1:] != -100).sum()) for row in rows]
+        return list(values.split(counts))
+
+    together = nll(examples)
+    for row, value in zip(examples, together, strict=True):
+        torch.testing.assert_close(nll([row])[0], value, rtol=1e-5, atol=1e-6)
+    changed = Example(examples[0].input_ids[::-1].copy(), examples[0].labels, examples[0].source)
+    after = nll([changed, *examples[1:]])
+    assert not torch.equal(after[0], together[0])
+    for one, other in zip(after[1:], together[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_n7_every_architecture_trains_flat_as_it_does_padded(name: str) -> None:
+    path = str(SHARED / "models" / name)
+    gradients = {}
+    generator = torch.Generator().manual_seed(1)
+    lengths = (17, 5, 30)
+    ids = torch.randint(3, 500, (sum(lengths),), generator=generator)
+    cuts = torch.split(ids, lengths)
+    for segments in (True, False):
+        model = load_base_model(ModelArguments(model_name_or_path=path), torch.float32, torch.device("cpu"))
+        if segments:
+            assert segments_work(model) == (True, "")
+            assert model.config._attn_implementation == SEGMENTS
+        torch.manual_seed(0)
+        tuned = init_adapter(model, FinetuningArguments(), path)
+        for parameter_name, parameter in trainable_parameters(tuned).items():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        frozen = {n: p.detach().clone() for n, p in tuned.named_parameters() if not p.requires_grad}
+        import numpy as np
+
+        from tunesmith.types import Source
+
+        rows = [
+            Example(c.numpy().astype(np.int32), c.numpy().astype(np.int32), Source("d", "f", i, i)) for i, c in enumerate(cuts)
+        ]
+        batch = collate(rows)
+        positions, targets = next_token_targets(batch.labels_T, batch.lengths)
+        loss = token_nll(FlatForward(tuned, segments).logits(batch, positions), targets).sum()
+        loss.backward()
+        gradients[segments] = [loss.detach()] + [p.grad for p in trainable_parameters(tuned).values()]
+        assert all(g.norm() > 1e-6 for g in gradients[segments])
+        assert all(torch.equal(frozen[n], p) for n, p in tuned.named_parameters() if not p.requires_grad)
+    for flat, padded in zip(gradients[True], gradients[False], strict=True):
+        assert (flat - padded).norm() <= 1e-4 * padded.norm()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
+def test_sliding_windows_are_run_padded_not_wrong() -> None:
+    model = AutoModelForCausalLM.from_pretrained(SHARED / "models/stories260K-mistral", attn_implementation="sdpa")
+    model.config.sliding_window = 4
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 4
+        if hasattr(layer.self_attn.config, "sliding_window"):
+            layer.self_attn.config.sliding_window = 4
+    works, reason = segments_work(model)
+    assert not works
+    assert "sliding_window" in reason
+    assert model.config._attn_implementation == "sdpa"
