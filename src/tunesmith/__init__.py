@@ -27,7 +27,7 @@ _PUBLIC = {
     "prepare_data": "tunesmith.data.prepare",
     "preprocess_data": "tunesmith.data.prepare",
     "print_dataset_example": "tunesmith.check.preview",
-    "run_sft": "tunesmith.stages.sft",
+    "run": "tunesmith.stages.run",
     "smooth": "tunesmith.report.plot",
 }
 __all__ = sorted(_PUBLIC)

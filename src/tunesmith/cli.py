@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -41,16 +42,16 @@ def train(config: Config, overrides: Overrides = None) -> None:
     settings, notices = load_config(config, overrides or ())
     from tunesmith.report.plot import plot_loss
     from tunesmith.report.summary import summarize
-    from tunesmith.stages.sft import run_sft
+    from tunesmith.stages.run import run
     from tunesmith.train.progress import ConsoleReporter
 
     with ConsoleReporter() as reporter:
         for notice in notices:
             reporter.note(f"note: {notice}")
-        run = run_sft(settings, reporter)
+        folder = run(settings, reporter)
         if settings.model.plot_loss:
-            plot_loss(run)
-        for line in summarize(run):
+            plot_loss(folder)
+        for line in summarize(folder):
             reporter.note(line)
 
 
@@ -113,7 +114,7 @@ def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
     """Fetch a built-in model; the last line printed is its folder."""
     from tunesmith.model.builtin import fetch as fetch_model
 
-    print(fetch_model(name, lambda text: print(text, file=sys.stderr)))
+    print(fetch_model(name))
 
 
 @app.command()
@@ -126,6 +127,10 @@ def plot(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 def main() -> None:
     """Entry point: errors that a user can cure are one message and an exit status, not a traceback."""
+    logger = logging.getLogger("tunesmith")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
     try:
         app()
     except TunesmithError as error:

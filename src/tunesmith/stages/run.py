@@ -1,0 +1,139 @@
+"""A complete run of any stage: data, model, training, evaluation, result. Stages differ by their trainer alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tunesmith.config.arguments import RunConfig
+from tunesmith.config.load import dump_yaml
+from tunesmith.data.prepare import DataReport, fingerprint, load_examples
+from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
+from tunesmith.model.forward import FlatForward
+from tunesmith.model.library import quiet_library
+from tunesmith.model.load import check_vocabulary, load_base_model, load_tokenizer, model_path, prepare_flat
+from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.stages.samples import sample_answers
+from tunesmith.stages.sft import Seq2SeqPeftTrainer
+from tunesmith.train.checkpoint import write_json
+from tunesmith.train.progress import Reporter
+from tunesmith.train.runfolder import (
+    CONFIG,
+    DATA_REPORT,
+    FINETUNING_ARGS,
+    SAMPLES,
+    claim,
+    files_in,
+    starting_point,
+    write_manifest,
+    write_results,
+)
+from tunesmith.train.trainer import Ingredients, PeftTrainer
+
+TRAINERS: dict[str, type[PeftTrainer]] = {"sft": Seq2SeqPeftTrainer}
+"""Stage -> trainer."""
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator in use."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, DataReport]:
+    """Data and model of a configuration, ready to train; nothing is written.
+
+    Raises:
+        TunesmithError: whatever is wrong with data, model or settings.
+    """
+    quiet_library()
+    tokenizer = load_tokenizer(config.model)
+    report = DataReport()
+    train, held_out = load_examples(config, tokenizer, report)
+    for line in report.lines():
+        reporter.note(f"data: {line}")
+
+    set_seed(config.training.seed)
+    device = pick_device()
+    dtype = resolve_dtype(config.compute_dtype, device)
+    attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
+    base = load_base_model(config.model, dtype, device, attention)
+    check_vocabulary(base, tokenizer)
+    segments = prepare_flat(base, config.model)
+    model = init_adapter(base, config.finetuning, model_path(config.model))
+    if config.training.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable, total = count_parameters(model)
+    share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
+    reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
+    given = Ingredients(
+        forward=FlatForward(model, segments),
+        tokenizer=tokenizer,
+        train_examples=train,
+        eval_examples=held_out,
+        device=device,
+        compute_dtype=dtype,
+        run=Path(config.training.output_dir),
+        reporter=reporter,
+        finetuning=config.finetuning,
+        shuffle=not config.data.disable_shuffling,
+        inputs={"training data": fingerprint(train)},
+    )
+    return TRAINERS[config.finetuning.stage](config.training, given), report
+
+
+def run(config: RunConfig, reporter: Reporter) -> Path:
+    """Train as a configuration says. Returns the run folder.
+
+    Raises:
+        TunesmithError: with everything up to the last checkpoint whole.
+    """
+    folder = claim(config.training)
+    trainer, report = build_trainer(config, reporter)
+    checkpoint = starting_point(config.training, folder, reporter.note)
+    existing = files_in(folder)
+    dump_yaml(config, folder / CONFIG)
+    write_json(folder / DATA_REPORT, report.to_dict())
+    write_manifest(
+        folder,
+        model_path(config.model),
+        {
+            "data": {"train": fingerprint(trainer.given.train_examples), "eval": fingerprint(trainer.given.eval_examples)},
+            "seed": config.training.seed,
+            "compute_dtype": str(trainer.given.compute_dtype).removeprefix("torch."),
+        },
+    )
+    samples = [] if checkpoint else sample_answers(config, trainer.model, trainer.given.tokenizer, "before", reporter)
+    trainer.train(checkpoint)
+    samples += sample_answers(config, trainer.model, trainer.given.tokenizer, "after", reporter)
+    _finish(config, trainer, folder, existing, samples)
+    return folder
+
+
+def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path, existing: set[str], samples: list[dict[str, str]]) -> None:
+    state, given = trainer.state, trainer.given
+    save_finished(trainer.model, folder)
+    given.tokenizer.save_pretrained(folder)
+    config.finetuning.save_to_json(folder / FINETUNING_ARGS)
+    if samples:
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        (folder / SAMPLES).write_text("".join(lines), encoding="utf-8")
+    write_results(
+        folder,
+        existing,
+        {
+            "steps": state.step,
+            "epochs": state.epoch + state.window / len(trainer.loader),
+            "train_rows": len(given.train_examples),
+            "eval_rows": len(given.eval_examples),
+            "best_eval_loss": state.best_metric,
+            "best_step": state.best_step,
+            "loaded_best": config.training.load_best_model_at_end,
+            "seconds": state.elapsed,
+        },
+    )
