@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all lint format bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/tunesmith train examples/quickstart.yaml
@@ -21,6 +21,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,62 +1,23 @@
-"""Our runs against a loop written here from transformers and PEFT alone: same initialisation, same rows."""
+"""Our runs against a loop of transformers and PEFT alone: same initialisation, same rows."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from benchmarks.bare import BareLoop
 
 from tests.conftest import SHARED, make_rows, tunesmith
 from tunesmith.train.runlog import read_log
 
 
-def encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Ids and labels of an alpaca row, prompt masked, the answer learned up to its end-of-turn token."""
-    question = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
-    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    labels = [-100] * len(prompt) + ids[len(prompt) :]
-    last = max(i for i, token in enumerate(ids) if token == tokenizer.eos_token_id)
-    labels[last + 1 :] = [-100] * (len(ids) - last - 1)
-    return ids, labels
-
-
-def bare_loop(
-    folder: str, rows: list[dict[str, str]], batch: int, steps: int, rate: float, seed: int
-) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step of a padded loop in float32."""
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
-    encoded = [encode(tokenizer, row) for row in rows]
-    starts = list(range(0, len(encoded), batch))
-    history = []
-    for step in range(steps):
-        begin = starts[step % len(starts)]
-        chosen = encoded[begin : begin + batch]
-        longest = max(len(ids) for ids, _ in chosen)
-        pad = [longest - len(ids) for ids, _ in chosen]
-        inputs = torch.tensor([ids + [0] * p for (ids, _), p in zip(chosen, pad, strict=True)])
-        labels = torch.tensor([lab + [-100] * p for (_, lab), p in zip(chosen, pad, strict=True)])
-        mask = torch.tensor([[1] * len(ids) + [0] * p for (ids, _), p in zip(chosen, pad, strict=True)])
-        loss = model(input_ids=inputs, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        history.append((loss.item(), norm.item()))
-    return history
+def bare_loop(folder: str, rows: list[dict[str, str]], batch: int, steps: int, rate: float) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step of the bare loop in float32."""
+    loop = BareLoop(folder, rows, batch, steps, rate)
+    return [loop.step(index) for index in range(steps)]
 
 
 def our_run(run: Path) -> list[tuple[float, float]]:
@@ -74,7 +35,7 @@ def assert_equal(ours: list[tuple[float, float]], theirs: list[tuple[float, floa
 def test_twenty_steps_on_the_tiny_model(settings: dict[str, Any], write_config: Any, tiny_model: Path, attention: str) -> None:
     settings.update(disable_shuffling=True, max_steps=20, learning_rate=1e-3, attn_implementation=attention)
     tunesmith("train", write_config(settings))
-    theirs = bare_loop(str(tiny_model), make_rows(22), batch=4, steps=20, rate=1e-3, seed=42)
+    theirs = bare_loop(str(tiny_model), make_rows(22), batch=4, steps=20, rate=1e-3)
     ours = our_run(Path(settings["output_dir"]))
     assert ours[0][0] > ours[-1][0]
     assert_equal(ours, theirs)
@@ -84,7 +45,6 @@ def test_twenty_steps_on_the_tiny_model(settings: dict[str, Any], write_config: 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
 def test_twenty_steps_on_the_real_model_and_real_rows(tmp_path: Path) -> None:
-    import json
 
     folder = tunesmith("fetch", "smollm2-135m").stdout.splitlines()[-1]
     rows = json.loads((SHARED / "data/demo/alpaca_en_demo.json").read_text(encoding="utf-8"))[:80]
@@ -100,4 +60,4 @@ def test_twenty_steps_on_the_real_model_and_real_rows(tmp_path: Path) -> None:
         "learning_rate=1e-4", "val_size=0", "eval_strategy=no", "eval_steps=null", "eval_on_start=false",
         "load_best_model_at_end=false", "lr_scheduler_type=linear", "warmup_ratio=0", "lora_rank=8", "weight_decay=0",
     )  # fmt: skip
-    assert_equal(our_run(run), bare_loop(folder, rows, batch=2, steps=20, rate=1e-4, seed=42))
+    assert_equal(our_run(run), bare_loop(folder, rows, batch=2, steps=20, rate=1e-4))
