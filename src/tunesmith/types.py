@@ -81,14 +81,16 @@ class Batch:
     Attributes:
         input_ids_T: int64 ``[T]``.
         position_ids_T: int64 ``[T]``, restarting at 0 with each example.
-        labels_T: int64 ``[T]``, aligned with ``input_ids_T`` (not shifted).
+        positions_S: int64 ``[S]``, where a supervised token is predicted.
+        targets_S: int64 ``[S]``, the tokens to predict there.
         lengths: tokens of each example; sums to ``T``.
         sources: the rows, in the order of ``lengths``.
     """
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
-    labels_T: torch.Tensor
+    positions_S: torch.Tensor
+    targets_S: torch.Tensor
     lengths: tuple[int, ...]
     sources: tuple[Source, ...]
 
@@ -97,12 +99,18 @@ class Batch:
         """Real tokens in the batch; there are no others."""
         return sum(self.lengths)
 
+    @property
+    def num_targets(self) -> int:
+        """Supervised tokens: what a token-level loss is divided by."""
+        return self.targets_S.numel()
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``."""
         return Batch(
             self.input_ids_T.to(device, non_blocking=True),
             self.position_ids_T.to(device, non_blocking=True),
-            self.labels_T.to(device, non_blocking=True),
+            self.positions_S.to(device, non_blocking=True),
+            self.targets_S.to(device, non_blocking=True),
             self.lengths,
             self.sources,
         )
@@ -114,7 +122,7 @@ class LossOutput:
 
     Attributes:
         sum: scalar tensor, the loss summed over what is counted.
-        count: how many terms were summed (tokens for SFT).
+        count: how many terms were summed (supervised tokens for SFT).
         metrics: name -> (sum, count) of further quantities to log.
     """
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tunesmith.data.collator import collate
+from tunesmith.data.collator import collate, next_token_targets
 from tunesmith.data.loader import DataLoader
 from tunesmith.types import Example, Source
 
@@ -27,6 +27,28 @@ def test_collate_lays_rows_end_to_end() -> None:
     assert batch.lengths == (2, 3)
     assert batch.num_tokens == 5
     assert [s.row for s in batch.sources] == [1, 2]
+
+
+def test_targets_by_hand() -> None:
+    positions, targets = next_token_targets(np.array([-100, 7, 8, -100, 9]), (3, 2))
+    assert positions.tolist() == [0, 1, 3]
+    assert targets.tolist() == [7, 8, 9]
+
+
+def test_a_supervised_first_token_is_predicted_by_nothing() -> None:
+    positions, targets = next_token_targets(np.array([5, 6, 7, 8]), (2, 2))
+    assert positions.tolist() == [0, 2]
+    assert targets.tolist() == [6, 8]
+
+
+def test_no_supervised_token() -> None:
+    positions, targets = next_token_targets(np.full(4, -100), (4,))
+    assert len(positions) == len(targets) == 0
+
+
+def test_lengths_must_fit() -> None:
+    with pytest.raises(AssertionError):
+        next_token_targets(np.zeros(5, dtype=np.int64), (2, 2))
 
 
 def test_windows_in_file_order_with_a_short_last_one() -> None:

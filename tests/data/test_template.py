@@ -62,27 +62,59 @@ def test_batched_encoding_equals_one_by_one(template: ChatTemplate) -> None:
 
 
 def test_a_template_without_end_of_turn_is_refused(template: ChatTemplate) -> None:
-    template.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    changed = with_template(template, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     with pytest.raises(TemplateError, match="never learn to stop"):
-        template.render_supervised(DIALOGUE)
+        changed.render_supervised(DIALOGUE)
 
 
-def test_a_template_that_rewrites_content_is_refused(template: ChatTemplate) -> None:
-    template.tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(TemplateError, match="rewrites the content of turn 3"):
-        template.render_supervised(DIALOGUE)
+def with_template(template: ChatTemplate, source: str) -> ChatTemplate:
+    template.tokenizer.chat_template = source
+    return ChatTemplate(template.tokenizer)
 
 
-def test_a_template_that_rewrites_history_is_refused(template: ChatTemplate) -> None:
-    template.tokenizer.chat_template = "{{ messages | length }}" + CHATML
-    with pytest.raises(TemplateError, match="changes what stands before turn 3"):
-        template.render_supervised(DIALOGUE)
+def test_content_that_the_template_rewrites_is_learned_as_shown_and_named(template: ChatTemplate) -> None:
+    changed = with_template(template, CHATML.replace("m['content']", "m['content'] | upper"))
+    rendered = changed.render_supervised(DIALOGUE[:3])
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["  SAT ON A MAT 🙂 <|im_end|>"]
+    assert "rewrites" in rendered.notes[0]
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused(template: ChatTemplate) -> None:
+    changed = with_template(template, CHATML.replace("for m in messages", "for m in messages[-1:]"))
+    with pytest.raises(TemplateError, match="leaves out turn 3"):
+        changed.render_supervised(DIALOGUE)
+
+
+def test_generation_marks_are_followed_to_the_letter(template: ChatTemplate) -> None:
+    source = (
+        "{% for m in messages %}{{ m['role'] }}:{% generation %}{{ m['content'] }}!{% endgeneration %}<|im_end|>{% endfor %}"
+    )
+    rendered = with_template(template, source).render_supervised(DIALOGUE[1:3])
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["the cat 你好!", "  sat on a mat 🙂 !"]
+
+
+def test_an_end_that_only_the_last_turn_has_is_not_sought_in_the_next_one(template: ChatTemplate) -> None:
+    source = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}<|im_end|>"
+    rendered = with_template(template, source).render_supervised(DIALOGUE[1:])
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["  sat on a mat 🙂 ", "one\n\nred bird\n<|im_end|>"]
+    assert any("nothing ends a turn in the middle" in note for note in rendered.notes)
+
+
+def test_a_reply_that_repeats_its_header_is_learned_whole(template: ChatTemplate) -> None:
+    turns = [Message("user", "say it"), Message("assistant", "assistant"), Message("user", "a"), Message("assistant", "a")]
+    assert learned(template, turns) == ["assistant<|im_end|>", "a<|im_end|>"]
+
+
+def test_a_template_without_end_cannot_run_forever(template: ChatTemplate) -> None:
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}"
+    with pytest.raises(TemplateError, match="characters"):
+        with_template(template, source).render(DIALOGUE)
 
 
 def test_what_the_template_refuses_is_said(template: ChatTemplate) -> None:
-    template.tokenizer.chat_template = "{{ raise_exception('only user and assistant') }}"
+    changed = with_template(template, "{{ raise_exception('only user and assistant') }}")
     with pytest.raises(TemplateError, match="only user and assistant"):
-        template.render(DIALOGUE)
+        changed.render(DIALOGUE)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +131,8 @@ def test_m5_templates_run_in_a_sandbox(
     template: ChatTemplate, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    template.tokenizer.chat_template = attack
     try:
-        text = template.render(DIALOGUE)
+        text = with_template(template, attack).render(DIALOGUE)
     except TemplateError:
         text = ""
     assert "type" not in text

@@ -14,7 +14,7 @@ from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.config.load import load_config
 from tunesmith.data.collator import collate
 from tunesmith.data.prepare import DataReport, load_examples
-from tunesmith.losses.cross_entropy import next_token_targets, token_nll
+from tunesmith.losses.cross_entropy import token_nll
 from tunesmith.model.adapter import init_adapter, trainable_parameters
 from tunesmith.model.attention import SEGMENTS
 from tunesmith.model.forward import FlatForward, segments_work
@@ -73,7 +73,7 @@ def test_logging_interval_weighs_by_tokens(settings: dict[str, Any], write_confi
 
     examples, _ = load_examples(config, AutoTokenizer.from_pretrained(settings["model_name_or_path"]), DataReport())
     for window in list(DataLoader(examples, 4, seed=42).windows(0))[:4]:
-        counts.append(sum(int((b.labels_T != -100).sum()) for b in window))
+        counts.append(sum(b.num_targets for b in window))
     rare = history(settings, write_config, "rare", max_steps=4, learning_rate=1e-12, logging_steps=4)
     expected = sum(loss * n for (loss, _), n in zip(every[1:], counts[1:], strict=True)) / sum(counts[1:])
     assert rare[-1][0] == pytest.approx(expected, rel=1e-6)
@@ -97,14 +97,13 @@ def test_n3_rows_end_to_end_never_see_each_other(settings: dict[str, Any], write
     model = load_base_model(
         ModelArguments(model_name_or_path=settings["model_name_or_path"]), torch.float32, torch.device("cpu")
     )
-    assert segments_work(model) == (True, "")
+    assert segments_work(model, 512) == (True, "")
     forward = FlatForward(model, segments=True)
 
     def nll(rows: list[Example]) -> list[torch.Tensor]:
         batch = collate(rows)
-        positions, targets = next_token_targets(batch.labels_T, batch.lengths)
         with torch.no_grad():
-            values = token_nll(forward.logits(batch, positions), targets)
+            values = token_nll(forward.logits(batch), batch.targets_S)
         counts = [int((row.labels[1:] != -100).sum()) for row in rows]
         return list(values.split(counts))
 
@@ -130,7 +129,7 @@ def test_n7_every_architecture_trains_flat_as_it_does_padded(name: str) -> None:
     for segments in (True, False):
         model = load_base_model(ModelArguments(model_name_or_path=path), torch.float32, torch.device("cpu"))
         if segments:
-            assert segments_work(model) == (True, "")
+            assert segments_work(model, 512) == (True, "")
             assert model.config._attn_implementation == SEGMENTS
         torch.manual_seed(0)
         tuned = init_adapter(model, FinetuningArguments(), path)
@@ -146,8 +145,7 @@ def test_n7_every_architecture_trains_flat_as_it_does_padded(name: str) -> None:
             Example(c.numpy().astype(np.int32), c.numpy().astype(np.int32), Source("d", "f", i, i)) for i, c in enumerate(cuts)
         ]
         batch = collate(rows)
-        positions, targets = next_token_targets(batch.labels_T, batch.lengths)
-        loss = token_nll(FlatForward(tuned, segments).logits(batch, positions), targets).sum()
+        loss = token_nll(FlatForward(tuned, segments).logits(batch), batch.targets_S).sum()
         loss.backward()
         gradients[segments] = [loss.detach()] + [p.grad for p in trainable_parameters(tuned).values()]
         assert all(g.norm() > 1e-6 for g in gradients[segments])
@@ -164,7 +162,7 @@ def test_sliding_windows_are_run_padded_not_wrong() -> None:
         layer.self_attn.sliding_window = 4
         if hasattr(layer.self_attn.config, "sliding_window"):
             layer.self_attn.config.sliding_window = 4
-    works, reason = segments_work(model)
+    works, reason = segments_work(model, 512)
     assert not works
     assert "sliding_window" in reason
     assert model.config._attn_implementation == "sdpa"

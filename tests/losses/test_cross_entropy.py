@@ -5,30 +5,7 @@ import math
 import pytest
 import torch
 
-from tunesmith.losses.cross_entropy import next_token_targets, token_nll
-
-
-def test_targets_by_hand() -> None:
-    positions, targets = next_token_targets(torch.tensor([-100, 7, 8, -100, 9]), (3, 2))
-    assert positions.tolist() == [0, 1, 3]
-    assert targets.tolist() == [7, 8, 9]
-
-
-def test_a_supervised_first_token_is_predicted_by_nothing() -> None:
-    positions, targets = next_token_targets(torch.tensor([5, 6, 7, 8]), (2, 2))
-    assert positions.tolist() == [0, 2]
-    assert targets.tolist() == [6, 8]
-
-
-def test_no_supervised_token() -> None:
-    positions, targets = next_token_targets(torch.full((4,), -100), (4,))
-    assert positions.numel() == targets.numel() == 0
-    assert token_nll(torch.zeros(0, 3), targets).sum() == 0
-
-
-def test_lengths_must_fit() -> None:
-    with pytest.raises(AssertionError):
-        next_token_targets(torch.zeros(5, dtype=torch.long), (2, 2))
+from tunesmith.losses.cross_entropy import token_nll
 
 
 def test_nll_by_hand() -> None:

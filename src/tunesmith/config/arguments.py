@@ -98,6 +98,9 @@ class DataArguments(Arguments):
     eval_dataset: NameList = Field((), description="Names in dataset_info.json to evaluate on.")
     dataset_dir: str = Field("data", description="Folder that holds dataset_info.json and the files it names.")
     template: Literal["auto"] = Field("auto", description="auto: the tokenizer's own chat template.")
+    template_date: str | None = Field(
+        None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="Day that templates take for today; the day the run began if unset."
+    )
     default_system: str | None = Field(None, description="System message for rows that have none.")
     cutoff_len: int = Field(2048, gt=1, description="Longest row in tokens. Longer rows are cut at the end, and counted.")
     max_samples: int | None = Field(None, gt=0, description="Use only the first N rows of each data set.")

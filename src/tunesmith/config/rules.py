@@ -115,6 +115,8 @@ def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:
     if data.val_size > 1 and data.val_size != int(data.val_size):
         yield "val_size", f"below 1 it is a share, from 1 a whole number of rows; found {data.val_size}"
     prefixes = data.source_prefix.split("|")
+    if len(prefixes) > 1 and data.eval_dataset:
+        yield "source_prefix", "one prefix per set does not say which one eval_dataset takes; give one prefix for all"
     if len(prefixes) not in (1, len(data.dataset)):
         yield "source_prefix", f"{len(prefixes)} prefixes for {len(data.dataset)} data sets; give one, or one per set"
 

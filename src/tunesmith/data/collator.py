@@ -7,15 +7,43 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tunesmith.types import Batch, Example
+from tunesmith.types import IGNORE_INDEX, Batch, Example
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Join examples into one flat batch; positions restart with each of them."""
+    lengths = tuple(len(e) for e in examples)
+    labels_T = np.concatenate([e.labels for e in examples])
+    positions_S, targets_S = next_token_targets(labels_T, lengths)
     return Batch(
         input_ids_T=torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64)),
-        position_ids_T=torch.cat([torch.arange(len(e)) for e in examples]),
-        labels_T=torch.from_numpy(np.concatenate([e.labels for e in examples]).astype(np.int64)),
-        lengths=tuple(len(e) for e in examples),
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        positions_S=torch.from_numpy(positions_S),
+        targets_S=torch.from_numpy(targets_S),
+        lengths=lengths,
         sources=tuple(e.source for e in examples),
     )
+
+
+def next_token_targets(labels_T: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The one place where labels are shifted.
+
+    Position ``t`` predicts token ``t + 1`` of the same row; the last position of a row predicts nothing, so no row
+    is ever predicted from its neighbour.
+
+    Args:
+        labels_T: integers ``[T]``, aligned with the inputs; ``IGNORE_INDEX`` where unsupervised.
+        lengths: tokens of each row; sums to ``T``.
+
+    Returns:
+        ``positions_S`` (where logits are needed) and ``targets_S`` (the tokens to predict there), int64.
+
+    Example:
+        ``labels = [-100, 7, 8 | -100, 9]``, ``lengths = (3, 2)`` -> positions ``[0, 1, 3]``, targets ``[7, 8, 9]``.
+    """
+    assert labels_T.ndim == 1, labels_T.shape
+    assert sum(lengths) == len(labels_T), (tuple(lengths), labels_T.shape)
+    targets_T = np.roll(labels_T, -1)
+    targets_T[np.cumsum(lengths) - 1] = IGNORE_INDEX
+    positions_S = np.flatnonzero(targets_T != IGNORE_INDEX)
+    return positions_S, targets_T[positions_S].astype(np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.config.arguments import DatasetAttr
@@ -41,11 +41,24 @@ def convert_row(
         raise RowProblem("no assistant turn")
     if any(m.role == "assistant" and not m.content.strip() for m in messages):
         raise RowProblem("empty assistant turn")
+    _check_order(messages)
     if attr.source_prefix:
         messages = _with_prefix(messages, attr.source_prefix)
     if placeholders:
         messages = [Message(m.role, fill(m.content, placeholders)) for m in messages]
     return Conversation(tuple(messages), source)
+
+
+def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: DatasetAttr) -> None:
+    """Raise DataError when a column that the data set declares is in none of its rows: a misspelt name, most likely."""
+    for field in ("query_column", "history_column", "system_column"):
+        name = getattr(attr, field)
+        if name and field in attr.model_fields_set and not any(name in row for row, _ in rows):
+            found = ", ".join(map(repr, list(rows[0][0])[:8]))
+            raise DataError(
+                f"{rows[0][1].file}: no row has the column {name!r}, which dataset_info.json declares for "
+                f"{attr.dataset_name!r}; the first row has {found}"
+            )
 
 
 def fill(text: str, placeholders: Mapping[str, str]) -> str:
@@ -54,6 +67,19 @@ def fill(text: str, placeholders: Mapping[str, str]) -> str:
         for key, value in placeholders.items():
             text = text.replace("{{" + key + "}}", value)
     return text
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    """System first or not at all, then user and assistant by turns."""
+    expected = "user"
+    for number, message in enumerate(messages, 1):
+        if message.role == "system":
+            if number > 1:
+                raise RowProblem("a system turn that is not the first")
+        elif message.role != expected:
+            raise RowProblem(f"turn {number} is by the {message.role}, expected the {expected}")
+        else:
+            expected = "assistant" if message.role == "user" else "user"
 
 
 def _with_prefix(messages: list[Message], prefix: str) -> list[Message]:
@@ -76,6 +102,8 @@ def _column(row: Mapping[str, Any], name: str, what: str, source: Source) -> Any
 
 def _text(value: Any, what: str) -> str:
     if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise RowProblem(f"{what} holds a NUL character or half of a surrogate pair")
         return value
     if value is None:
         return ""

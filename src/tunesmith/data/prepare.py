@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.config.arguments import DataArguments, RunConfig
-from tunesmith.data.convert import RowProblem, convert_row
+from tunesmith.data.convert import RowProblem, check_columns, convert_row
 from tunesmith.data.registry import load_attrs
 from tunesmith.data.source import read_rows
 from tunesmith.data.template import ChatTemplate
@@ -33,6 +33,7 @@ class DataReport:
         kept: examples made.
         dropped: reason -> rows left out.
         cut: rows that were longer than cutoff_len and lost their end.
+        noted: remark of the template -> rows that it concerns.
         unfilled: rows that hold ``{{name}}`` or ``{{author}}`` while no value is configured.
         tokens: tokens of the kept examples.
         supervised: how many of them are learned.
@@ -42,6 +43,7 @@ class DataReport:
     kept: int = 0
     dropped: dict[str, list[Source]] = field(default_factory=dict)
     cut: list[Source] = field(default_factory=list)
+    noted: dict[str, list[Source]] = field(default_factory=dict)
     unfilled: list[Source] = field(default_factory=list)
     tokens: int = 0
     supervised: int = 0
@@ -58,6 +60,8 @@ class DataReport:
             yield f"{len(sources):,} dropped: {reason} ({_name_rows(sources)})"
         if self.cut:
             yield f"{len(self.cut):,} longer than cutoff_len, end cut off and not learned ({_name_rows(self.cut)})"
+        for remark, sources in self.noted.items():
+            yield f"{len(sources):,} rows: {remark} ({_name_rows(sources)})"
         if self.unfilled:
             count, rows = len(self.unfilled), _name_rows(self.unfilled)
             yield f"{count:,} hold {{{{name}}}} or {{{{author}}}}, but identity_name or identity_author is not set ({rows})"
@@ -71,6 +75,7 @@ class DataReport:
             "supervised": self.supervised,
             "dropped": {reason: [str(s) for s in sources] for reason, sources in self.dropped.items()},
             "cut": [str(s) for s in self.cut],
+            "noted": {remark: [str(s) for s in sources] for remark, sources in self.noted.items()},
             "unfilled": [str(s) for s in self.unfilled],
         }
 
@@ -91,7 +96,9 @@ def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport
     missing = [f"{{{{{key}}}}}" for key, value in pairs if value is None]
     conversations = []
     for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
-        for row, source in read_rows(attr, args.dataset_dir, args.max_samples, seed):
+        rows = read_rows(attr, args.dataset_dir, args.max_samples, seed)
+        check_columns(rows, attr)
+        for row, source in rows:
             report.read += 1
             try:
                 conversation = convert_row(row, attr, source, args.default_system, placeholders)
@@ -105,7 +112,11 @@ def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport
 
 
 def preprocess_data(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, cutoff_len: int, report: DataReport
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    cutoff_len: int,
+    report: DataReport,
+    date: str | None = None,
 ) -> list[Example]:
     """Render, tokenise and mask conversations for supervised fine-tuning; every assistant turn is learned.
 
@@ -116,16 +127,21 @@ def preprocess_data(
         DataError: no row is left.
         TemplateError: the tokenizer has no usable chat template.
     """
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, date)
     examples: list[Example] = []
     for chunk in _chunks(conversations, _CHUNK):
         rendered, sources = [], []
         for conversation in chunk:
             try:
                 rendered.append(template.render_supervised(conversation.messages))
-                sources.append(conversation.source)
             except TemplateError as error:
                 report.drop(str(error), conversation.source)
+                continue
+            sources.append(conversation.source)
+            if len(sources) == 1:
+                template.check_against_library(conversation.messages)
+            for note in set(rendered[-1].notes):
+                report.noted.setdefault(note, []).append(conversation.source)
         for (input_ids, labels), source in zip(template.encode(rendered), sources, strict=True):
             example = _finish(input_ids, labels, source, cutoff_len, report)
             if example is not None:
@@ -147,10 +163,10 @@ def load_examples(
     data, training = config.data, config.training
     seed = training.seed if training.data_seed is None else training.data_seed
     conversations = prepare_data(data, data.dataset, report, seed)
-    train = preprocess_data(conversations, tokenizer, data.cutoff_len, report)
+    train = preprocess_data(conversations, tokenizer, data.cutoff_len, report, data.template_date)
     if data.eval_dataset:
-        held_out = prepare_data(data.model_copy(update={"source_prefix": ""}), data.eval_dataset, report, seed)
-        return train, preprocess_data(held_out, tokenizer, data.cutoff_len, report)
+        held_out = prepare_data(data, data.eval_dataset, report, seed)
+        return train, preprocess_data(held_out, tokenizer, data.cutoff_len, report, data.template_date)
     if share := data.val_size or data.dev_ratio:
         return split_examples(train, share, seed)
     return train, []
@@ -200,14 +216,15 @@ def split_examples(examples: list[Example], held_out: float, seed: int) -> tuple
     Raises:
         DataError: one side would be empty.
     """
-    count = round(len(examples) * held_out) if held_out < 1 else int(held_out)
-    if not 0 < count < len(examples):
+    rows = list(dict.fromkeys(example.source for example in examples))  # a row drawn twice stays on one side
+    count = round(len(rows) * held_out) if held_out < 1 else int(held_out)
+    if not 0 < count < len(rows):
         raise DataError(
-            f"holding out {held_out:g} of {len(examples)} rows leaves {len(examples) - count} to train and {count} to evaluate"
+            f"holding out {held_out:g} of {len(rows)} rows leaves {len(rows) - count} to train and {count} to evaluate"
         )
-    chosen = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
-    train = [example for index, example in enumerate(examples) if index not in chosen]
-    return train, [examples[index] for index in sorted(chosen)]
+    chosen = {rows[index] for index in np.random.default_rng(seed).permutation(len(rows))[:count].tolist()}
+    train = [example for example in examples if example.source not in chosen]
+    return train, list({example.source: example for example in examples if example.source in chosen}.values())
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

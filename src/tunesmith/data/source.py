@@ -109,6 +109,11 @@ def _iter_array(text: str, path: Path) -> Iterator[tuple[Any, int]]:
         line += text.count("\n", counted, position)
         counted = position
         if text[position : position + 1] == "]":
+            if text[:position].rstrip().endswith(","):
+                raise _bad_json(path, line, 1, "a comma after the last row", text[max(position - 40, 0) : position + 1])
+            if rest := text[position + 1 :].strip():
+                number = text.count("\n", 0, _skip_space(text, position + 1)) + 1
+                raise _bad_json(path, number, 1, "text after the end of the array", rest)
             return
         try:
             value, position = decoder.raw_decode(text, position)

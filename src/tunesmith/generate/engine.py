@@ -47,7 +47,7 @@ class ChatEngine:
     def _turn_ends(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
         ends = configured if isinstance(configured, list) else [configured]
-        return sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
+        return sorted({end for end in ends if end is not None} | set(self.template.end_ids))
 
     def _inputs(self, messages: Sequence[Message], args: GeneratingArguments) -> dict[str, Any]:
         ids = self.template.encode_prompt(messages)

@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 SEGMENTS = "tunesmith_segments"
-_UNDERSTOOD = ("sliding_window", "softcap", "s_aux")
+_HARMLESS = {
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position", "use_cache",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "is_causal", "logits_to_keep",
+    "seq_idx", "num_items_in_batch", "past_key_values", "labels",
+}  # fmt: skip
+"""Keywords that do not change what is attended to. Any other one that is set is a kind of attention not computed here."""
 
 
 def segment_attention(
@@ -46,7 +51,10 @@ def segment_attention(
         NotSegmentable: a variant of attention that this function does not compute.
     """
     boundaries = kwargs.get("cu_seq_lens_q")
-    unknown = [name for name in _UNDERSTOOD if kwargs.get(name) is not None]
+    unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and value is not None and value is not False]
+    window = kwargs.get("sliding_window")
+    if window is not None and boundaries is not None and window >= int(boundaries.diff().max()):
+        unknown.remove("sliding_window")
     if boundaries is None or attention_mask is not None or unknown:
         raise NotSegmentable(", ".join(unknown) or "row boundaries do not reach the attention layers")
     edges = boundaries.tolist()

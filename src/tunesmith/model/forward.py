@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.model.adapter import unwrap
 from tunesmith.model.attention import SEGMENTS, NotSegmentable
@@ -23,7 +23,7 @@ class FlatForward:
     """Runs a model on flat batches.
 
     Args:
-        model: what is called; may be wrapped (PEFT, DDP).
+        model: what is called; plain or adapted.
         segments: True to compute rows end to end, False to pad them.
     """
 
@@ -32,11 +32,12 @@ class FlatForward:
         self.segments = segments
         self._keeps_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
 
-    def logits(self, batch: Batch, positions_S: torch.Tensor) -> torch.Tensor:
-        """Logits ``[S, V]`` at flat positions; the output head runs at these positions only where the model allows it."""
-        return self._flat(batch, positions_S) if self.segments else self._padded(batch, positions_S)
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits ``[S, V]`` where the batch has targets; the output head runs there only, if the model allows it."""
+        return self._flat(batch) if self.segments else self._padded(batch)
 
-    def _flat(self, batch: Batch, positions_S: torch.Tensor) -> torch.Tensor:
+    def _flat(self, batch: Batch) -> torch.Tensor:
+        # the boundaries stay on the host: the attention function needs them as numbers
         boundaries = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         longest = max(batch.lengths)
         inputs: dict[str, Any] = {
@@ -49,10 +50,10 @@ class FlatForward:
             "use_cache": False,
         }
         if self._keeps_logits:
-            return self.model(**inputs, logits_to_keep=positions_S).logits[0]
-        return self.model(**inputs).logits[0, positions_S]
+            return self.model(**inputs, logits_to_keep=batch.positions_S).logits[0]
+        return self.model(**inputs).logits[0, batch.positions_S]
 
-    def _padded(self, batch: Batch, positions_S: torch.Tensor) -> torch.Tensor:
+    def _padded(self, batch: Batch) -> torch.Tensor:
         rows, longest = len(batch.lengths), max(batch.lengths)
         lengths = torch.tensor(batch.lengths, device=batch.input_ids_T.device)
         real_BL = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
@@ -63,36 +64,54 @@ class FlatForward:
         output = self.model(
             input_ids=input_ids_BL, attention_mask=real_BL.long(), position_ids=position_ids_BL, use_cache=False
         )
-        return output.logits[real_BL][positions_S]
+        return output.logits[real_BL][batch.positions_S]
 
 
 @torch.no_grad()
-def segments_work(model: PreTrainedModel) -> tuple[bool, str]:
+def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
     """Whether end-to-end rows give what padded rows give, and if not, why.
 
     Leaves the model on segment attention when they do, and as it was otherwise.
+
+    Args:
+        model: loaded, on its device.
+        longest: tokens of the longest row; windows that are no shorter do not matter.
     """
+    if reason := _restricted(model.config.get_text_config(), longest):
+        return False, reason
     before = model.config._attn_implementation
     vocabulary = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (sum(_PROBE_LENGTHS),), generator=generator)
+    total = sum(_PROBE_LENGTHS)
+    ids = torch.randint(0, vocabulary, (total,), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
-    batch = Batch(ids, positions, ids, _PROBE_LENGTHS, ()).to(model.device)
-    every = torch.arange(len(ids), device=model.device)
+    batch = Batch(ids, positions, torch.arange(total), ids, _PROBE_LENGTHS, ()).to(model.device)
     training = model.training
     model.eval()
     try:
-        padded = FlatForward(model, segments=False).logits(batch, every).float()
+        padded = FlatForward(model, segments=False).logits(batch).float()
         model.set_attn_implementation(SEGMENTS)
-        flat = FlatForward(model, segments=True).logits(batch, every).float()
+        flat = FlatForward(model, segments=True).logits(batch).float()
     except (NotSegmentable, ValueError, TypeError, RuntimeError) as error:
         model.set_attn_implementation(before)
         return False, str(error).splitlines()[0]
     finally:
         model.train(training)
-    difference = ((flat - padded).norm() / padded.norm()).item()
+    difference = ((flat - padded).norm(dim=-1) / padded.norm(dim=-1)).max().item()
     allowed = 1e-4 if model.dtype == torch.float32 else 5e-2
     if not difference <= allowed:
         model.set_attn_implementation(before)
         return False, f"rows end to end give other logits (relative difference {difference:.1e})"
     return True, ""
+
+
+def _restricted(config: PreTrainedConfig, longest: int) -> str:
+    """Why the model's attention sees less than the whole row, or nothing."""
+    values = config.to_dict()
+    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    chunk = values.get("attention_chunk_size")
+    if kinds - {"sliding_attention", "chunked_attention"}:
+        return f"layers of another kind: {', '.join(sorted(kinds))}"
+    limits = {"sliding_window": window, "attention_chunk_size": chunk}
+    limited = [f"{name} {value}" for name, value in limits.items() if value is not None and value < longest]
+    return f"{limited[0]} is shorter than the longest row ({longest})" if limited else ""

@@ -108,11 +108,11 @@ def load_base_model(
     return model.to(device).eval()
 
 
-def prepare_flat(model: PreTrainedModel, args: ModelArguments) -> bool:
-    """Switch the model to unpadded rows if it can; returns whether it did, and logs why not."""
+def prepare_flat(model: PreTrainedModel, args: ModelArguments, longest: int) -> bool:
+    """Switch the model to unpadded rows of up to ``longest`` tokens if it can; returns whether it did, and logs why not."""
     if args.attn_implementation != "auto":
         return False
-    works, reason = segments_work(model)
+    works, reason = segments_work(model, longest)
     if not works:
         log.warning("rows are padded for this model: %s", reason)
     return works

@@ -21,7 +21,7 @@ def pick_device() -> torch.device:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run at full speed on ``device``."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False

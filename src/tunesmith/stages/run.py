@@ -64,7 +64,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
     base = load_base_model(config.model, dtype, device, attention)
     check_vocabulary(base, tokenizer)
-    segments = prepare_flat(base, config.model)
+    segments = prepare_flat(base, config.model, max(map(len, (*train, *held_out))))
     model = init_adapter(base, config.finetuning, model_path(config.model))
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.losses.cross_entropy import next_token_targets, token_nll
+from tunesmith.losses.cross_entropy import token_nll
 from tunesmith.model.precision import autocast
 from tunesmith.train.trainer import PeftTrainer
 from tunesmith.types import Batch, LossOutput
@@ -15,17 +15,15 @@ class Seq2SeqPeftTrainer(PeftTrainer):
 
     def compute_loss(self, batch: Batch) -> LossOutput:
         """Negative log-likelihood summed over the supervised tokens."""
-        logits_SV, targets_S = self._logits(batch)
-        return LossOutput(token_nll(logits_SV, targets_S).sum(), targets_S.numel())
+        return LossOutput(token_nll(self._logits(batch), batch.targets_S).sum(), batch.num_targets)
 
     def prediction_step(self, batch: Batch) -> LossOutput:
         """The loss, and how many supervised tokens the model ranks first."""
-        logits_SV, targets_S = self._logits(batch)
-        hits = int((logits_SV.argmax(-1) == targets_S).sum())
-        count = targets_S.numel()
-        return LossOutput(token_nll(logits_SV, targets_S).sum(), count, {"accuracy": (hits, count)})
+        logits_SV = self._logits(batch)
+        hits = int((logits_SV.argmax(-1) == batch.targets_S).sum())
+        loss = token_nll(logits_SV, batch.targets_S).sum()
+        return LossOutput(loss, batch.num_targets, {"accuracy": (hits, batch.num_targets)})
 
-    def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        positions_S, targets_S = next_token_targets(batch.labels_T, batch.lengths)
+    def _logits(self, batch: Batch) -> torch.Tensor:
         with autocast(self.given.device, self.given.compute_dtype):
-            return self.given.forward.logits(batch, positions_S), targets_S
+            return self.given.forward.logits(batch)

@@ -1,11 +1,12 @@
 """One update: forward and backward over a window of micro-batches, one division, one clip, one optimizer step.
 
-Gradients of summed losses are accumulated and divided once by the count of the whole window, so that splitting the
-same rows into more micro-batches, or rows of uneven length, never changes the objective.
+Each micro-batch's summed loss is divided by the count of the whole window, so that splitting the same rows into more
+micro-batches, or rows of uneven length, never changes the objective.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from tunesmith.errors import NonFiniteError
 from tunesmith.types import Batch, LossOutput
 
 ComputeLoss = Callable[[Batch], LossOutput]
+_MOST_SKIPPED = 20
+"""Updates in a row that fp16 may leave out while the loss scale settles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Updater:
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
+        self._skipped = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def update(self, window: Sequence[Batch], compute_loss: ComputeLoss, step: int) -> StepResult:
@@ -64,37 +68,46 @@ class Updater:
         Raises:
             NonFiniteError: the loss or gradient is not finite; nothing has been updated.
         """
-        loss_sum, count = 0.0, 0
+        count = sum(batch.num_targets for batch in window)
+        sums = []
         for batch in window:
             output = compute_loss(batch)
-            value = output.sum.item()
-            if not torch.isfinite(output.sum):
-                rows = ", ".join(str(s) for s in batch.sources)
-                raise NonFiniteError(f"step {step}: the loss is {value}; nothing was updated. Rows: {rows}")
-            loss_sum += value
-            count += output.count
-            scaled = self.scaler.scale(output.sum) if self.scaler else output.sum
-            scaled.backward()
-        grad_norm, skipped = self._apply(count, step, window)
-        return StepResult(loss_sum, count, grad_norm, sum(b.num_tokens for b in window), skipped)
+            assert output.count == batch.num_targets, (output.count, batch.num_targets)
+            sums.append(output.sum.detach())
+            mean = output.sum / count
+            (self.scaler.scale(mean) if self.scaler else mean).backward()
+        losses = torch.stack(sums).tolist()
+        for loss, batch in zip(losses, window, strict=True):
+            if not math.isfinite(loss):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(f"step {step}: the loss is {loss}; nothing was updated. Rows: {_rows([batch])}")
+        grad_norm = self._apply(step, window)
+        tokens = sum(batch.num_tokens for batch in window)
+        return StepResult(math.fsum(losses), count, grad_norm, tokens, not math.isfinite(grad_norm))
 
-    def _apply(self, count: int, step: int, window: Sequence[Batch]) -> tuple[float, bool]:
+    def _apply(self, step: int, window: Sequence[Batch]) -> float:
+        """Clip and step; returns the gradient norm, which is not finite where fp16 overflowed and nothing was updated."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / count
-        finite = norm == norm and norm != float("inf")
-        if not finite and not self.scaler:
-            rows = ", ".join(str(s) for batch in window for s in batch.sources)
-            raise NonFiniteError(f"step {step}: the gradient norm is {norm}; nothing was updated. Rows: {rows}")
-        factor = 1.0 / count
-        if finite and self.max_grad_norm and norm > self.max_grad_norm:
-            factor *= self.max_grad_norm / norm
-        torch._foreach_mul_(gradients, factor)
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if math.isfinite(norm):
+            self._skipped = 0
+        else:
+            self._skipped += 1
+            if not self.scaler or self._skipped > _MOST_SKIPPED:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(f"step {step}: the gradient norm is {norm}; nothing was updated. Rows: {_rows(window)}")
+        if self.max_grad_norm and norm > self.max_grad_norm:
+            torch._foreach_mul_(gradients, self.max_grad_norm / norm)
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, not finite
+        return norm
+
+
+def _rows(window: Sequence[Batch]) -> str:
+    return ", ".join(str(source) for batch in window for source in batch.sources)

@@ -170,7 +170,8 @@ class PeftTrainer:
         state = self.state
         on_device = [batch.to(self.given.device) for batch in window]
         result = self.updater.update(on_device, self.compute_loss, state.step + 1)
-        self.schedule.step()
+        if not result.skipped:
+            self.schedule.step()
         state.step += 1
         state.window += 1
         if state.window == len(self.loader):
@@ -250,8 +251,7 @@ class PeftTrainer:
             {
                 "loss": state.loss_sum / state.loss_count,
                 "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                **({"skipped": True} if result.skipped else {}),
+                "grad_norm": None if result.skipped else result.grad_norm,
                 "num_tokens": result.num_tokens,
                 "step_seconds": round(seconds, 4),
                 "tokens_per_second": round(result.num_tokens / seconds, 1),
