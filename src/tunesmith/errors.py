@@ -33,6 +33,14 @@ class CheckpointError(TunesmithError):
     """A checkpoint or run folder is missing, damaged, or does not fit the configuration."""
 
 
+class Interrupted(TunesmithError):
+    """The run was asked to stop; a checkpoint was written first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NonFiniteError(TunesmithError):
     """A loss or gradient is NaN or infinite; raised before the update that it would have spoiled."""
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from tunesmith.config.arguments import SECTIONS, Arguments, GeneratingArguments, ModelArguments, RunConfig
-from tunesmith.config.rules import NICKNAMES, NO_EFFECT, UNSUPPORTED, violations
+from tunesmith.config.rules import NICKNAMES, NO_EFFECT, ONE_SHOT, UNSUPPORTED, violations
 from tunesmith.errors import ConfigError
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")}
@@ -69,12 +69,24 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
         read_file(Path(path), raw)
     read_overrides(overrides, raw)
     notices = take_no_effect(raw)
+    notices += _prefer_resuming(raw)
     sections = parse_sections(raw, SECTIONS)
     for key, message in violations(sections):
         raw.problems.append(Problem(raw.places.get(key, str(path or "arguments")), key, message))
     if raw.problems:
         raise ConfigError(describe(raw.problems, path))
     return RunConfig(**sections), notices
+
+
+def _prefer_resuming(raw: RawConfig) -> list[str]:
+    """``resume_from_checkpoint`` given as an argument wins over ``overwrite_output_dir`` in the file, with a notice."""
+    asked, overwrite = "resume_from_checkpoint", "overwrite_output_dir"
+    if not (raw.values.get(asked) and raw.values.get(overwrite)):
+        return []
+    if not raw.places[asked].startswith("argument") or raw.places[overwrite].startswith("argument"):
+        return []
+    del raw.values[overwrite]
+    return [f"{raw.places[overwrite]}  {overwrite} is set aside: the run is to be resumed"]
 
 
 def load_model_settings(name_or_path: str, overrides: Sequence[str]) -> tuple[ModelArguments, GeneratingArguments]:
@@ -270,5 +282,6 @@ def describe(problems: list[Problem], path: str | Path | None) -> str:
 
 def dump_yaml(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as one flat YAML file that ``load_config`` reads back."""
-    text = yaml.safe_dump(config.to_flat(), allow_unicode=True, sort_keys=False, width=120)
+    values = {key: value for key, value in config.to_flat().items() if key not in ONE_SHOT}
+    text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=120)
     path.write_text(text, encoding="utf-8")

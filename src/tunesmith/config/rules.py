@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from tunesmith.config.arguments import (
@@ -55,6 +56,18 @@ UNSUPPORTED = {
     "train_on_prompt": "only assistant turns are learned in this version",
 }
 """Keys of other toolkits that would change a result and cannot be honoured: refused, with what to do instead."""
+
+FREE_ON_RESUME = frozenset({
+    "output_dir", "overwrite_output_dir", "do_train", "num_train_epochs", "max_steps", "logging_steps", "eval_strategy",
+    "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "report_to", "sample_prompts",
+    "sample_max_new_tokens", "bf16", "fp16", "data_seed", "gradient_checkpointing",
+})  # fmt: skip
+"""Training keys that a continued run may change; any other difference is refused. (Arithmetic and seed are compared as
+they come out, not as they are spelt.)"""
+
+ONE_SHOT = frozenset({"overwrite_output_dir", "resume_from_checkpoint"})
+"""Keys that say how this start begins; not kept in the run's config.yaml."""
 
 NICKNAMES = {
     "batch_size": "per_device_train_batch_size",
@@ -128,6 +141,8 @@ def _training_rules(training: TrainingArguments) -> Iterator[tuple[str, str]]:
         yield "eval_steps", "has no meaning with eval_strategy: epoch; remove one of them"
     if training.resume_from_checkpoint and training.overwrite_output_dir:
         yield "overwrite_output_dir", "cannot start anew and resume at once; remove one of the two keys"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "output_dir", "started by a launcher with several processes (WORLD_SIZE > 1); this version trains in one process"
 
 
 def evaluates(training: TrainingArguments) -> bool:

@@ -36,12 +36,13 @@ class ChatEngine:
     Args:
         model: base or adapted model, in evaluation mode, on standard attention.
         tokenizer: with a chat template.
+        date: what the template takes for today; the real day if None.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, date)
         self._end_ids = self._turn_ends()
 
     def _turn_ends(self) -> list[int]:
@@ -51,7 +52,7 @@ class ChatEngine:
 
     def _inputs(self, messages: Sequence[Message], args: GeneratingArguments) -> dict[str, Any]:
         ids = self.template.encode_prompt(messages)
-        longest = self.model.config.max_position_embeddings
+        longest = self.model.config.get_text_config().max_position_embeddings
         room = longest - len(ids)
         if room <= 0:
             raise ModelError(f"the conversation has {len(ids)} tokens, the model takes {longest}; start a new one")
@@ -110,8 +111,11 @@ class ChatEngine:
 
 
 @contextlib.contextmanager
-def answering(model: torch.nn.Module, implementation: str = "sdpa") -> Iterator[None]:
-    """Within this context a model that is being trained can generate; its mode, attention and RNG come back after."""
+def answering(model: torch.nn.Module, implementation: str) -> Iterator[None]:
+    """Within this context a model that is being trained can generate; its mode, attention and RNG come back after.
+
+    ``implementation`` is the attention that the model was loaded with.
+    """
     base = unwrap(model)
     training, before = model.training, base.config._attn_implementation
     model.eval()

@@ -74,10 +74,8 @@ def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_base_model(
-    args: ModelArguments, dtype: torch.dtype, device: torch.device, attn_implementation: str = "sdpa"
-) -> PreTrainedModel:
-    """The base model on ``device`` in ``dtype``, in evaluation mode.
+def load_base_model(args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base model on ``device`` in ``dtype``, in evaluation mode, on the attention that the arguments ask for.
 
     Raises:
         ModelError: missing, damaged, pickled or unknown weights, or code that was not allowed to run.
@@ -92,7 +90,7 @@ def load_base_model(
             config=config,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation=attn_implementation,
+            attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
             output_loading_info=True,
             **options,
         )

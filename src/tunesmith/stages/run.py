@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tunesmith.config.arguments import RunConfig
-from tunesmith.config.load import dump_yaml
+from tunesmith.config.load import dump_yaml, load_config
 from tunesmith.data.prepare import DataReport, fingerprint, load_examples
 from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
 from tunesmith.model.forward import FlatForward
@@ -28,6 +28,7 @@ from tunesmith.train.runfolder import (
     SAMPLES,
     claim,
     files_in,
+    open_run,
     starting_point,
     write_manifest,
     write_results,
@@ -61,9 +62,10 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     set_seed(config.training.seed)
     device = pick_device()
     dtype = resolve_dtype(config.compute_dtype, device)
-    attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
-    base = load_base_model(config.model, dtype, device, attention)
+    full = config.finetuning.finetuning_type == "full"
+    base = load_base_model(config.model, torch.float32 if full else dtype, device)
     check_vocabulary(base, tokenizer)
+    attention = base.config._attn_implementation
     segments = prepare_flat(base, config.model, max(map(len, (*train, *held_out))))
     model = init_adapter(base, config.finetuning, model_path(config.model))
     if config.training.gradient_checkpointing:
@@ -81,6 +83,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         run=Path(config.training.output_dir),
         reporter=reporter,
         finetuning=config.finetuning,
+        attention=attention,
         shuffle=not config.data.disable_shuffling,
         inputs={"training data": fingerprint(train)},
     )
@@ -94,11 +97,10 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
         TunesmithError: with everything up to the last checkpoint whole.
     """
     folder = claim(config.training)
-    trainer, report = build_trainer(config, reporter)
     checkpoint = starting_point(config.training, folder, reporter.note)
-    existing = files_in(folder)
-    dump_yaml(config, folder / CONFIG)
-    write_json(folder / DATA_REPORT, report.to_dict())
+    config = with_date(config, folder if checkpoint else None)
+    trainer, report = build_trainer(config, reporter)
+    open_run(folder, config.training.overwrite_output_dir)
     write_manifest(
         folder,
         model_path(config.model),
@@ -108,21 +110,32 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
             "compute_dtype": str(trainer.given.compute_dtype).removeprefix("torch."),
         },
     )
-    samples = [] if checkpoint else sample_answers(config, trainer.model, trainer.given.tokenizer, "before", reporter)
+    dump_yaml(config, folder / CONFIG)
+    write_json(folder / DATA_REPORT, report.to_dict())
+    if checkpoint is None:
+        (folder / SAMPLES).unlink(missing_ok=True)
+        sample_answers(config, trainer, "before", folder / SAMPLES)
     trainer.train(checkpoint)
-    samples += sample_answers(config, trainer.model, trainer.given.tokenizer, "after", reporter)
-    _finish(config, trainer, folder, existing, samples)
+    sample_answers(config, trainer, "after", folder / SAMPLES)
+    _finish(config, trainer, folder)
     return folder
 
 
-def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path, existing: set[str], samples: list[dict[str, str]]) -> None:
+def with_date(config: RunConfig, resumed: Path | None) -> RunConfig:
+    """Fix the day that templates see: the one given, the one of the run that is continued, or today."""
+    day = config.data.template_date
+    if day is None and resumed is not None and (resumed / CONFIG).is_file():
+        day = load_config(resumed / CONFIG)[0].data.template_date
+    day = day or date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
+
+
+def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
     state, given = trainer.state, trainer.given
+    existing = files_in(folder)
     save_finished(trainer.model, folder)
     given.tokenizer.save_pretrained(folder)
     config.finetuning.save_to_json(folder / FINETUNING_ARGS)
-    if samples:
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-        (folder / SAMPLES).write_text("".join(lines), encoding="utf-8")
     write_results(
         folder,
         existing,

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from transformers import PreTrainedTokenizerBase
+import json
+from pathlib import Path
 
 from tunesmith.config.arguments import GeneratingArguments, RunConfig
 from tunesmith.generate.engine import ChatEngine, answering
-from tunesmith.train.progress import Reporter
+from tunesmith.train.trainer import PeftTrainer
 from tunesmith.types import Message
 
 
-def sample_answers(
-    config: RunConfig, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, when: str, reporter: Reporter
-) -> list[dict[str, str]]:
-    """Greedy answers to ``sample_prompts``, one line each, and the same as records."""
-    greedy = GeneratingArguments(do_sample=False, max_new_tokens=config.training.sample_max_new_tokens)
-    samples: list[dict[str, str]] = []
+def sample_answers(config: RunConfig, trainer: PeftTrainer, when: str, file: Path) -> None:
+    """Answer ``sample_prompts`` greedily: one line each to the reporter, one record each appended to ``file``."""
     if not config.training.sample_prompts:
-        return samples
-    with answering(model):
-        engine = ChatEngine(model, tokenizer)
-        for prompt in config.training.sample_prompts:
-            answer = engine.answer(_conversation(prompt, config.data.default_system), greedy)
-            reporter.note(f"{when}: {prompt}  ->  {' '.join(answer.split())}")
-            samples.append({"when": when, "prompt": prompt, "answer": answer})
-    return samples
-
-
-def _conversation(prompt: str, system: str | None) -> Sequence[Message]:
+        return
+    greedy = GeneratingArguments(do_sample=False, max_new_tokens=config.training.sample_max_new_tokens)
+    system = config.data.default_system
     opening = [Message("system", system)] if system is not None else []
-    return [*opening, Message("user", prompt)]
+    with answering(trainer.model, trainer.given.attention), file.open("a", encoding="utf-8") as sink:
+        engine = ChatEngine(trainer.model, trainer.given.tokenizer, config.data.template_date)
+        for prompt in config.training.sample_prompts:
+            answer = engine.answer([*opening, Message("user", prompt)], greedy)
+            trainer.given.reporter.note(f"{when}: {prompt}  ->  {' '.join(answer.split())}")
+            sink.write(json.dumps({"when": when, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")

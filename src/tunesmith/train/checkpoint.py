@@ -129,13 +129,18 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path}: damaged, its SHA-256 is not the recorded one")
 
 
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint folder."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else 0
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders that a run made, oldest step first. Links, and folders without a manifest, are not ours."""
     found = []
     for path in run.glob("checkpoint-*") if run.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink() and (path / MANIFEST).is_file():
-            found.append((int(match.group(1)), path))
+        if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and (path / MANIFEST).is_file():
+            found.append((step_of(path), path))
     return [path for _, path in sorted(found)]
 
 
@@ -159,7 +164,7 @@ def prune(run: Path, limit: int | None, keep: set[int]) -> list[Path]:
     for folder in checkpoints:
         if len(checkpoints) - len(deleted) <= limit:
             break
-        if int(folder.name.rpartition("-")[2]) not in keep:
+        if step_of(folder) not in keep:
             shutil.rmtree(folder)
             deleted.append(folder)
     return deleted

@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.config.arguments import TrainingArguments
 from tunesmith.errors import CheckpointError, ConfigError
-from tunesmith.train.checkpoint import list_checkpoints, newest_sound, verify, write_json
+from tunesmith.train.checkpoint import list_checkpoints, newest_sound, step_of, verify, write_json
 from tunesmith.train.runlog import LOG_NAME
 
 CONFIG = "config.yaml"
@@ -30,18 +30,24 @@ _OWN_FILES = (CONFIG, MANIFEST, RESULTS, SAMPLES, DATA_REPORT, FINETUNING_ARGS, 
 
 
 def claim(args: TrainingArguments) -> Path:
-    """Make sure that the run may write into ``output_dir``, and create it.
+    """Check that the run may write into ``output_dir``; nothing is changed yet.
 
     Raises:
         CheckpointError: the folder holds another run; the message gives the ways out.
-        ConfigError: the folder cannot be created.
+        ConfigError: the folder cannot be used.
     """
     run = Path(args.output_dir)
     if run.exists() and not run.is_dir():
         raise ConfigError(f"output_dir: {run} is a file; give a folder")
-    if args.overwrite_output_dir:
-        clear(run)
-    elif not args.resume_from_checkpoint and (made := _made_by_a_run(run)):
+    existing = next((path for path in (run, *run.absolute().parents) if path.exists()), run)
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output_dir: {existing} is not writable")
+    strangers = [name for name in _OWN_FILES if (run / name).is_file()]
+    if strangers and not _is_ours(run):
+        raise ConfigError(
+            f"output_dir: {run / strangers[0]} was not made by a run and would be overwritten; give another folder"
+        )
+    if not args.resume_from_checkpoint and not args.overwrite_output_dir and (made := _made_by_a_run(run)):
         state = "a finished run" if is_finished(run) else f"an earlier run ({made})"
         proceed = "num_train_epochs or max_steps raised and " if is_finished(run) else ""
         raise CheckpointError(
@@ -50,13 +56,29 @@ def claim(args: TrainingArguments) -> Path:
             f"  go on from it: {proceed}resume_from_checkpoint=auto, or\n"
             f"  start anew in it: overwrite_output_dir=true (removes only what the run made)"
         )
+    return run
+
+
+def open_run(run: Path, overwrite: bool) -> None:
+    """Create the run folder, or empty it of an earlier run. Called when everything else has been checked.
+
+    Raises:
+        ConfigError: the folder cannot be created.
+    """
+    if overwrite:
+        clear(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {run} cannot be created: {error.strerror}") from None
-    if not os.access(run, os.W_OK):
-        raise ConfigError(f"output_dir: {run} is not writable")
-    return run
+
+
+def _is_ours(run: Path) -> bool:
+    """Whether the folder's manifest says that a run of ours wrote it."""
+    try:
+        return bool(json.loads((run / MANIFEST).read_text(encoding="utf-8")).get("made_by") == "tunesmith")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def is_finished(run: Path) -> bool:
@@ -93,7 +115,7 @@ def read_results(run: Path) -> dict[str, Any]:
 
 def clear(run: Path) -> None:
     """Remove what a run made in this folder; anything else stays."""
-    names = list(_OWN_FILES)
+    names = list(_OWN_FILES) if _is_ours(run) else []
     if is_finished(run):
         names += [name for name in read_results(run)["files"] if Path(name).name == name]
     for name in names:
@@ -119,6 +141,12 @@ def starting_point(args: TrainingArguments, run: Path, say: Callable[[str], None
         return found
     folder = Path(asked)
     verify(folder)
+    later = [path for path in list_checkpoints(run) if step_of(path) > step_of(folder)]
+    if later and folder.resolve().parent == run.resolve():
+        raise CheckpointError(
+            f"{folder}: the run went on from here ({', '.join(path.name for path in later)}); remove those folders to go back, "
+            "or give another output_dir"
+        )
     say(f"resuming from {folder}")
     return folder
 
@@ -129,6 +157,7 @@ def write_manifest(run: Path, model_path: str, facts: dict[str, Any]) -> None:
     write_json(
         run / MANIFEST,
         {
+            "made_by": "tunesmith",
             **facts,
             "base_model": {"path": model_path, "files": _weight_hashes(Path(model_path))},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in ("tunesmith", *packages)}},

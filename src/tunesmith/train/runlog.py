@@ -36,7 +36,7 @@ class RunLog:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
-from tunesmith.config.rules import evaluates
+from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
 from tunesmith.data.loader import DataLoader
-from tunesmith.errors import CheckpointError, TunesmithError
+from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
 from tunesmith.train.checkpoint import (
@@ -31,6 +31,7 @@ from tunesmith.train.checkpoint import (
     prune,
     read_state,
     save_state,
+    verify,
     write_atomically,
 )
 from tunesmith.train.optimizer import build_optimizer, build_schedule
@@ -39,14 +40,6 @@ from tunesmith.train.runfolder import FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
 from tunesmith.train.step import StepResult, Updater
 from tunesmith.types import Batch, Example, LossOutput
-
-
-class Interrupted(TunesmithError):
-    """The run was asked to stop; a checkpoint was written first."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,8 @@ class Ingredients:
         run: the run folder.
         reporter: told what happens.
         finetuning: saved with each checkpoint.
+        attention: the library's attention that the model was loaded with, for generation.
+        shuffle: False keeps file order.
         inputs: facts that must be the same when the run is continued.
     """
 
@@ -74,6 +69,7 @@ class Ingredients:
     run: Path
     reporter: Reporter
     finetuning: FinetuningArguments
+    attention: str
     shuffle: bool = True
     inputs: dict[str, Any] = field(default_factory=dict)
 
@@ -102,9 +98,10 @@ class PeftTrainer:
         self._stop_signal: int | None = None
 
     def _inputs(self, seed: int) -> dict[str, Any]:
+        arguments = {**self.args.model_dump(mode="json"), **self.given.finetuning.model_dump(mode="json")}
+        fixed = {key: value for key, value in arguments.items() if key not in FREE_ON_RESUME}
         return {
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            **fixed,
             "data_seed": seed,
             "shuffle": self.given.shuffle,
             "compute_dtype": str(self.given.compute_dtype).removeprefix("torch."),
@@ -147,9 +144,20 @@ class PeftTrainer:
             if self.args.eval_on_start and self.state.step == 0 and self.given.eval_examples:
                 self._evaluate(log)
             self._loop(log)
-        if self.args.load_best_model_at_end and self.state.best_step is not None:
-            load_trainable(self.model, checkpoint_path(self.given.run, self.state.best_step))
+        if self.args.load_best_model_at_end:
+            self._load_best()
         return self.state
+
+    def _load_best(self) -> None:
+        if self.state.best_step is None:
+            return
+        best = checkpoint_path(self.given.run, self.state.best_step)
+        try:
+            verify(best)
+        except CheckpointError as error:
+            self.given.reporter.note(f"the best checkpoint cannot be loaded, the last weights are kept: {error}")
+            return
+        load_trainable(self.model, best)
 
     def _loop(self, log: RunLog) -> None:
         state, began = self.state, time.monotonic()
