@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tunesmith.config.arguments import DatasetAttr
-from tunesmith.data.convert import RowProblem, convert_row
+from tunesmith.data.convert import RowProblem, check_columns, convert_row
 from tunesmith.errors import DataError
 from tunesmith.types import Source
 
@@ -95,3 +95,31 @@ def test_sharegpt_rows_that_cannot_be_used(value: Any, reason: str) -> None:
 def test_history_that_cannot_be_used(history: Any) -> None:
     with pytest.raises(RowProblem, match="history"):
         turns({"instruction": "a", "output": "b", "h": history}, {"history_column": "h"})
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (["human", "human", "gpt"], "turn 2 is by the user, expected the assistant"),
+        (["gpt", "human", "gpt"], "turn 1 is by the assistant"),
+        (["human", "gpt", "system"], "a system turn that is not the first"),
+        (["human", "gpt", "gpt"], "turn 3 is by the assistant"),
+    ],
+)
+def test_role_order(roles: list[str], reason: str) -> None:
+    row = {"conversations": [{"from": role, "value": "x"} for role in roles]}
+    with pytest.raises(RowProblem, match=reason):
+        turns(row, {"formatting": "sharegpt"})
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_characters_that_no_tokenizer_takes(text: str) -> None:
+    with pytest.raises(RowProblem, match="NUL character or half of a surrogate pair"):
+        turns({"instruction": text, "output": "b"})
+
+
+def test_a_declared_column_that_no_row_has_is_an_error() -> None:
+    attr = DatasetAttr(dataset_name="d", file_name="d.jsonl", query_column="contxt")
+    with pytest.raises(DataError, match=r"no row has the column 'contxt'.*'instruction'"):
+        check_columns([({"instruction": "a", "context": "b", "output": "c"}, SOURCE)], attr)
+    check_columns([({"instruction": "a"}, SOURCE), ({"instruction": "a", "contxt": "b"}, SOURCE)], attr)

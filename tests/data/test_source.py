@@ -155,3 +155,9 @@ def test_one_prefix_for_all_or_one_each(tmp_path: Path) -> None:
     write_dataset(tmp_path, make_rows(1), "b")
     assert [x.source_prefix for x in load_attrs(str(tmp_path), ("a", "b"), "p ")] == ["p ", "p "]
     assert [x.source_prefix for x in load_attrs(str(tmp_path), ("a", "b"), "p|q")] == ["p", "q"]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}] [{"a": 2}]', '[{"a": 1}] junk', '[{"a": 1},]'])
+def test_nothing_is_lost_after_or_at_the_end_of_an_array(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"a\.json:1:\d+  not valid JSON"):
+        read(tmp_path, "a.json", text)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,40 @@ def test_no_template_is_an_error(tiny_model: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(TemplateError, match="no chat template"):
         ChatTemplate(tokenizer)
+
+
+# Template file -> the text that ends a turn. What is learned must begin after a header and hold content and ending.
+ENDINGS = {
+    "Bielik-11B-v3.0-Instruct.jinja": "<|im_end|>",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use.jinja": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja": "<｜end▁of▁sentence｜>",
+    "ibm-granite-granite-4.1.jinja": "<|end_of_text|>",
+    "Kimi-K3.jinja": "<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>",
+    "meta-llama-Llama-3.3-70B-Instruct.jinja": "<|eot_id|>",
+    "Qwen-Qwen3-0.6B.jinja": "<|im_end|>",
+    "Qwen-QwQ-32B.jinja": "<|im_end|>",
+    "upstage-Solar-Open-100B.jinja": "<|end|>",
+}
+
+
+@pytest.mark.parametrize("name", sorted(ENDINGS))
+def test_real_templates_are_learned_turn_by_turn(template: ChatTemplate, shared: Path, name: str) -> None:
+    source = (shared / "templates" / name).read_text(encoding="utf-8")
+    template.tokenizer.add_special_tokens(
+        {"additional_special_tokens": sorted(set(re.findall(r"<[|｜][^|｜<>\s]{1,40}[|｜]>", source)))}
+    )
+    real = with_template(template, source)
+    turns = [
+        Message("user", "Hello there"),
+        Message("assistant", "Sure. 🙂"),
+        Message("user", "more?"),
+        Message("assistant", "final"),
+    ]
+    real.check_against_library(turns)
+    rendered = real.render_supervised(turns)
+    pieces = [rendered.text[a:b] for a, b in rendered.spans]
+    assert len(pieces) == 2
+    for piece, content in zip(pieces, ("Sure. 🙂", "final"), strict=True):
+        assert piece.endswith(content + ENDINGS[name])
+        assert "more?" not in piece
+        assert "Hello" not in piece

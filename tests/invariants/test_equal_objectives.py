@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.conftest import SHARED
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
@@ -59,10 +60,22 @@ def test_n2_padded_equals_flat(settings: dict[str, Any], write_config: Any) -> N
     assert_close(flat, history(settings, write_config, "eager", attn_implementation="eager"))
 
 
-def test_gradient_checkpointing_changes_nothing(settings: dict[str, Any], write_config: Any) -> None:
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+    forward = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
     settings["lora_dropout"] = 0.1
     plain = history(settings, write_config, "plain")
+    once, calls[0] = calls[0], 0
     assert_close(plain, history(settings, write_config, "recomputed", gradient_checkpointing=True))
+    assert calls[0] > 1.5 * once
 
 
 def test_logging_interval_weighs_by_tokens(settings: dict[str, Any], write_config: Any) -> None:
