@@ -49,6 +49,12 @@ def test_exponents_are_numbers_and_arguments_win(tmp_path: Path) -> None:
     assert load_config(path, ["learning_rate=3e-5"])[0].training.learning_rate == 3e-5
 
 
+@pytest.mark.parametrize("value", ["no", "'no'", "false"])
+def test_a_bare_no_is_no(tmp_path: Path, value: str) -> None:
+    config, _ = load_config(write(tmp_path, yaml.safe_dump(GOOD) + f"eval_strategy: {value}\nsave_strategy: {value}\n"))
+    assert config.training.eval_strategy == config.training.save_strategy == "no"
+
+
 def test_misspelt_key_names_the_right_one(tmp_path: Path) -> None:
     message = refusal(tmp_path, yaml.safe_dump(GOOD) + "learnng_rate: 1e-4\n")
     assert "c.yaml:4:1" in message

@@ -21,6 +21,13 @@ def _split_commas(value: Any) -> Any:
     return value
 
 
+def _bare_no(value: Any) -> Any:
+    return "no" if value is False else value
+
+
+When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_bare_no)]
+"""When to do something. YAML reads a bare ``no`` as false; both are understood."""
+
 NameList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 """A list of names; a YAML list or one string with commas."""
 
@@ -167,12 +174,12 @@ class TrainingArguments(Arguments):
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, dropout and, unless data_seed is set, order.")
     data_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the split and of the order of rows.")
     logging_steps: int = Field(1, gt=0, description="Updates between two lines of trainer_log.jsonl.")
-    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="When to evaluate.")
+    eval_strategy: When = Field("no", description="When to evaluate.")
     eval_steps: int | None = Field(
         None, gt=0, description="Updates between evaluations; save_steps if unset. Setting it implies eval_strategy: steps."
     )
     eval_on_start: bool = Field(False, description="Evaluate once before the first update.")
-    save_strategy: Literal["no", "steps", "epoch"] = Field("steps", description="When to write a checkpoint.")
+    save_strategy: When = Field("steps", description="When to write a checkpoint.")
     save_steps: int = Field(500, gt=0, description="Updates between checkpoints.")
     save_total_limit: int | None = Field(None, gt=0, description="Keep that many checkpoints; the best and the last stay.")
     load_best_model_at_end: bool = Field(False, description="Finish with the weights of the best evaluation.")

@@ -207,9 +207,9 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def read_overrides(overrides: Sequence[str], raw: RawConfig) -> None:
-    """Add ``key=value`` arguments to ``raw``; ``--key=value`` is understood too."""
+    """Add ``key=value`` arguments to ``raw``."""
     for argument in overrides:
-        key, equals, value = argument.lstrip("-").partition("=")
+        key, equals, value = argument.partition("=")
         if not equals or not key:
             raw.problems.append(Problem(f"argument {argument!r}", "", "expected key=value"))
             continue
