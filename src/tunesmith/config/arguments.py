@@ -189,7 +189,7 @@ class TrainingArguments(Arguments):
     )
     report_to: Literal["none"] = Field("none", description="Experiment tracker; trainer_log.jsonl is always written.")
     sample_prompts: tuple[str, ...] = Field((), description="Questions answered greedily before and after training.")
-    sample_max_new_tokens: int = Field(48, gt=0, description="Longest of those answers, in tokens.")
+    sample_max_new_tokens: int = Field(80, gt=0, description="Longest of those answers, in tokens.")
 
 
 class GeneratingArguments(Arguments):
