@@ -252,6 +252,7 @@ def test_chat_answers_once_and_from_a_pipe(settings: dict[str, Any], write_confi
     assert beams.strip()
     assert tunesmith("chat", tiny_model, "--prompt", "the cat", "max_new_tokens=3").returncode == 0
     assert "Did you mean top_p" in tunesmith("chat", run, "--prompt", "x", "topp=0.5", check=False).stderr
+    assert "lora_rank: settings of training" in tunesmith("chat", run, "--prompt", "x", "lora_rank=3", check=False).stderr
     assert "has not finished" in _unfinished_chat(Path(run))
 
 

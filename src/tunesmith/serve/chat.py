@@ -9,9 +9,15 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.config.arguments import GeneratingArguments, ModelArguments
+from tunesmith.config.arguments import (
+    DataArguments,
+    FinetuningArguments,
+    GeneratingArguments,
+    ModelArguments,
+    TrainingArguments,
+)
 from tunesmith.config.load import load_config, load_model_settings
-from tunesmith.errors import CheckpointError, ModelError
+from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.generate.engine import ChatEngine
 from tunesmith.model.adapter import ADAPTER_CONFIG, load_finished
 from tunesmith.model.library import quiet_library
@@ -19,6 +25,12 @@ from tunesmith.model.load import load_base_model, load_tokenizer, read_tokenizer
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.train.runfolder import CONFIG, is_finished
 from tunesmith.types import Message
+
+TRAINING_KEYS = {key for cls in (DataArguments, FinetuningArguments, TrainingArguments) for key in cls.model_fields} - {
+    "default_system",
+    "template_date",
+}
+"""Keys that would have no effect in a chat, and are refused there."""
 
 _HELP = "/clear forgets the conversation, /system TEXT sets the system message, /exit ends (Ctrl-D too)"
 
@@ -54,6 +66,9 @@ def load_chat(target: str, overrides: Sequence[str] = ()) -> Chat:
         return Chat(ChatEngine(plain, load_tokenizer(model_args)), generating, None)
     if not is_finished(run):
         raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
+    useless = [key for key in (o.partition("=")[0] for o in overrides) if key in TRAINING_KEYS]
+    if useless:
+        raise ConfigError(f"{', '.join(useless)}: settings of training; chat takes those of the model and of generation")
     config, _ = load_config(run / CONFIG, overrides)
     tuned = load_tuned(run, config.model, resolve_dtype(config.compute_dtype, device), device)
     return Chat(ChatEngine(tuned, read_tokenizer(str(run))), config.generating, config.data.default_system)
