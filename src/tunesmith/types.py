@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """Label of a token that is not learned."""
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Source:
     """Where a row comes from, so that any later message can name it.
 
     Attributes:
-        dataset: name in ``dataset_info.json``.
+        dataset: name in ``dataset_info.json``, or the path given in its place.
         file: path of the file as the user would open it.
         row: 1-based row number in the file.
-        line: 1-based line on which the row begins.
+        line: 1-based line on which the row begins; 0 where a file has no lines (Parquet, Arrow).
     """
 
     dataset: str
@@ -37,23 +37,91 @@ class Source:
     line: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} (row {self.row})"
+        return f"{self.file}:{self.line} (row {self.row})" if self.line else f"{self.file} (row {self.row})"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that an assistant turn calls.
+
+    Attributes:
+        name: of the function.
+        arguments: by name.
+        id: ties a tool's answer to its call, where the data give one.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks.
+        content: what is said; empty beside tool calls alone.
+        reasoning: what was thought before, where the data keep it apart; templates see it as ``reasoning_content``.
+        tool_calls: functions that an assistant turn calls, in order.
+        name: of the speaker, or of the tool that answers.
+        tool_call_id: the call that a tool answers.
+        weight: factor of an assistant turn's loss; 0: shown, not learned.
+    """
 
     role: Role
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    weight: float = 1.0
+
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Functions that the model may call, as JSON schemas in the form that chat templates expect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue; every assistant turn is to be learned."""
+    """A dialogue; every assistant turn is to be learned, by its weight."""
 
     messages: tuple[Message, ...]
     source: Source
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A prompt and two ways to go on, the better one first. Each way is one or more turns, an assistant's first."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    source: Source
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A dialogue whose last assistant turn was found good or bad."""
+
+    messages: tuple[Message, ...]
+    desirable: bool
+    source: Source
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text to go on from, for pretraining."""
+
+    text: str
+    source: Source
+
+
+Row = Conversation | PreferencePair | Feedback | Document
+"""What ``data/convert.py`` makes of a raw row; nothing after it looks at columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +132,54 @@ class Example:
         input_ids: int32 array ``[L]``.
         labels: int32 array ``[L]``, aligned with ``input_ids`` (not shifted), ``IGNORE_INDEX`` where unsupervised.
         source: the row it was made from.
+        weights: float32 array ``[L]``, factor of each token's loss; None: all 1.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    source: Source
+    weights: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PairExample:
+    """Two tokenised answers to one prompt; each holds the prompt, unsupervised."""
+
+    chosen: Example
+    rejected: Example
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackExample:
+    """A tokenised dialogue whose last turn is good or bad."""
+
+    example: Example
+    desirable: bool
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """A prompt to be answered by the model.
+
+    Attributes:
+        input_ids: int32 array ``[L]``, ending where the model is to go on.
+        reference: the answer that the data give, as text; empty if they give none.
+        source: the row it was made from.
+    """
+
+    input_ids: np.ndarray
+    reference: str
     source: Source
 
     def __len__(self) -> int:
