@@ -7,7 +7,7 @@ Shape suffixes used in the package: ``T`` tokens of a flat batch, ``S`` supervis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -197,6 +197,8 @@ class Batch:
         targets_S: int64 ``[S]``, the tokens to predict there.
         lengths: tokens of each example; sums to ``T``.
         sources: the rows, in the order of ``lengths``.
+        weights_S: float32 ``[S]``, factor of each token's loss; None: all 1.
+        total_weight: sum of the weights, what a token-level loss is divided by.
     """
 
     input_ids_T: torch.Tensor
@@ -205,6 +207,8 @@ class Batch:
     targets_S: torch.Tensor
     lengths: tuple[int, ...]
     sources: tuple[Source, ...]
+    weights_S: torch.Tensor | None = None
+    total_weight: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -213,18 +217,18 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Supervised tokens: what a token-level loss is divided by."""
+        """Supervised tokens."""
         return self.targets_S.numel()
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        return Batch(
-            self.input_ids_T.to(device, non_blocking=True),
-            self.position_ids_T.to(device, non_blocking=True),
-            self.positions_S.to(device, non_blocking=True),
-            self.targets_S.to(device, non_blocking=True),
-            self.lengths,
-            self.sources,
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T.to(device, non_blocking=True),
+            position_ids_T=self.position_ids_T.to(device, non_blocking=True),
+            positions_S=self.positions_S.to(device, non_blocking=True),
+            targets_S=self.targets_S.to(device, non_blocking=True),
+            weights_S=None if self.weights_S is None else self.weights_S.to(device, non_blocking=True),
         )
 
 
@@ -234,10 +238,10 @@ class LossOutput:
 
     Attributes:
         sum: scalar tensor, the loss summed over what is counted.
-        count: how many terms were summed (supervised tokens for SFT).
+        count: what the sum is divided by: the weights of the supervised tokens (their number, unless rows weigh turns).
         metrics: name -> (sum, count) of further quantities to log.
     """
 
     sum: torch.Tensor
-    count: int
+    count: float
     metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)

@@ -185,7 +185,9 @@ def test_a_refused_run_leaves_no_folder(settings: dict[str, Any], write_config: 
 
 
 def test_a_lost_best_checkpoint_keeps_the_last_weights(settings: dict[str, Any], write_config: Any) -> None:
-    settings.update(val_size=4, eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=5, max_grad_norm=0)
+    # the more is learned of these rows, the worse the other ones are predicted
+    write_dataset(Path(settings["dataset_dir"]), [{"instruction": "the", "output": "世界很高兴" * 20}] * 4, "other")
+    settings.update(eval_dataset="other", eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=3e-2)
     config = write_config(settings)
     tunesmith("train", config, "max_steps=4")
     run = Path(settings["output_dir"])

@@ -15,6 +15,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     lengths = tuple(len(e) for e in examples)
     labels_T = np.concatenate([e.labels for e in examples])
     positions_S, targets_S = next_token_targets(labels_T, lengths)
+    weights_S = _weights(examples, positions_S)
     return Batch(
         input_ids_T=torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64)),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
@@ -22,7 +23,17 @@ def collate(examples: Sequence[Example]) -> Batch:
         targets_S=torch.from_numpy(targets_S),
         lengths=lengths,
         sources=tuple(e.source for e in examples),
+        weights_S=None if weights_S is None else torch.from_numpy(weights_S),
+        total_weight=float(len(targets_S) if weights_S is None else weights_S.sum(dtype=np.float64)),
     )
+
+
+def _weights(examples: Sequence[Example], positions_S: np.ndarray) -> np.ndarray | None:
+    """Factor of each target's loss, or None where all are 1."""
+    if all(e.weights is None for e in examples):
+        return None
+    weights_T = np.concatenate([np.ones(len(e), np.float32) if e.weights is None else e.weights for e in examples])
+    return weights_T[positions_S + 1]
 
 
 def next_token_targets(labels_T: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

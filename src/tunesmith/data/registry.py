@@ -81,6 +81,8 @@ def parse_entry(name: str, entry: Any, path: Path, prefix: str = "") -> DatasetA
             raise DataError(
                 f"{where}: unknown key {key!r}; understood: {', '.join([*_TOP_KEYS, 'columns', 'tags', 'ranking'])}"
             )
+    if "file_name" not in entry:
+        raise DataError(f"{where}: file_name is missing; name the .json or .jsonl file")
     values.update(_columns(entry.get("columns"), where))
     values.update(_tags(entry.get("tags"), where))
     if prefix:
@@ -119,6 +121,8 @@ def _tags(tags: Any, where: str) -> dict[str, Any]:
 
 def resolve_file(attr: DatasetAttr, dataset_dir: str) -> Path:
     """Path of a data set's file. Raises DataError when it is missing or lies outside ``dataset_dir``."""
+    if attr.file_name is None:
+        raise DataError(f"data set {attr.dataset_name!r}: file_name is missing in dataset_info.json")
     root = Path(dataset_dir).resolve()
     path = Path(dataset_dir) / attr.file_name
     if "://" in attr.file_name or not path.resolve().is_relative_to(root):

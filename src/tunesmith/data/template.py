@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
+from tunesmith.data.tokenize import Text, TextEncoder
 from tunesmith.data.trace import MARK, Span, TracedStr, TracedTemplate, trace
 from tunesmith.errors import TemplateError
 from tunesmith.types import IGNORE_INDEX, Message
@@ -36,11 +37,13 @@ class Rendered:
         text: what the model sees.
         spans: character ranges that are learned, disjoint and in order.
         notes: what a person should know: content that the template rewrites, a prompt that differs in chat.
+        data: character ranges that come from messages; what they spell is never a special token.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
+    data: tuple[tuple[int, int], ...] = ()
 
 
 class ChatTemplate:
@@ -61,8 +64,7 @@ class ChatTemplate:
             raise TemplateError(
                 f"the tokenizer of {name!r} has no chat template; put a chat_template.jinja beside its tokenizer.json"
             )
-        if not tokenizer.is_fast:
-            raise TemplateError(f"the tokenizer of {name!r} has no character offsets (no fast backend)")
+        self._encoder = TextEncoder(tokenizer)
         try:
             self._template = TracedTemplate(tokenizer.get_chat_template(), date)
         except jinja2.TemplateError as error:
@@ -102,7 +104,7 @@ class ChatTemplate:
         text = self.render(messages)
         marked = [(span.start, span.end) for span in text.spans if span.origin == MARK]
         if marked:
-            return Rendered(str.__str__(text), tuple(marked))
+            return Rendered(str.__str__(text), tuple(marked), data=_data(text))
         spans: list[tuple[int, int]] = []
         notes: list[str] = []
         for index, message in enumerate(messages):
@@ -110,7 +112,7 @@ class ChatTemplate:
                 spans.append(self._turn(text, index, message, notes))
         if any(start < end for (_, end), (start, _) in pairwise(spans)):
             raise TemplateError("the template mixes the texts of several turns")
-        return Rendered(str.__str__(text), tuple(spans), tuple(notes))
+        return Rendered(str.__str__(text), tuple(spans), tuple(notes), _data(text))
 
     def _turn(self, text: TracedStr, index: int, message: Message, notes: list[str]) -> tuple[int, int]:
         own = [span for span in text.spans if span.origin == index]
@@ -228,30 +230,29 @@ class ChatTemplate:
             For each, ``input_ids`` and ``labels`` (int32 ``[L]``), labels not shifted, unsupervised tokens
             ``IGNORE_INDEX``. A token belongs to the span in which it begins.
         """
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            [r.text for r in texts], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-        )
+        encoded = self._encoder.encode([Text(r.text, r.spans, r.data) for r in texts])
         pairs = []
-        for rendered, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            input_ids = np.asarray(ids, dtype=np.int32)
-            starts = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-            labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int32)
-            for begin, end in rendered.spans:
-                inside = (starts >= begin) & (starts < end)
-                labels[inside] = input_ids[inside]
-            pairs.append((input_ids, labels))
+        for tokens in encoded:
+            labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int32)
+            for begin, end in tokens.spans:
+                labels[begin:end] = tokens.ids[begin:end]
+            pairs.append((tokens.ids, labels))
         return pairs
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids that ask the model for its next turn."""
-        text = str.__str__(self.render(messages, add_generation_prompt=True))
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = self.render(messages, add_generation_prompt=True)
+        (tokens,) = self._encoder.encode([Text(str.__str__(text), data=_data(text))])
+        return tokens.ids.tolist()
 
 
 def _common_prefix(one: str, other: str) -> str:
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _data(text: TracedStr) -> tuple[tuple[int, int], ...]:
+    """Character ranges that come from messages."""
+    return tuple((span.start, span.end) for span in text.spans if span.origin != MARK)
 
 
 def _content(text: TracedStr, spans: Sequence[Span]) -> str:

@@ -127,7 +127,7 @@ class TextEncoder:
         if not len(ends) or ends[-1] != total:  # a normaliser changed the text, or a token swallowed blanks around it
             return self._encode_with_offsets(self._backend, [text])[0]
         starts = ends - self._byte_lengths[ids]
-        return _locate(ids, starts, boundaries)
+        return _locate(ids, starts, boundaries, total)
 
     @staticmethod
     def _encode_with_offsets(backend: Tokenizer, texts: Sequence[Text]) -> list[Tokens]:
@@ -137,6 +137,7 @@ class TextEncoder:
                 np.array(encoding.ids, dtype=np.int32),
                 np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0],
                 [position for span in text.spans for position in span],
+                len(text.text),
             )
             for text, encoding in zip(texts, encoded, strict=True)
         ]
@@ -217,9 +218,10 @@ def _moved(position: int, moves: Sequence[tuple[int, int]]) -> int:
     return position + sum(shift for end, shift in moves if end <= position)
 
 
-def _locate(ids: np.ndarray, starts: np.ndarray, boundaries: Sequence[int]) -> Tokens:
-    """Token ranges of the spans given by ``boundaries`` (start, end, start, end, ...)."""
+def _locate(ids: np.ndarray, starts: np.ndarray, boundaries: Sequence[int], total: int) -> Tokens:
+    """Token ranges of the spans given by ``boundaries`` (start, end, start, end, ...) in a text of length ``total``."""
     cuts = np.searchsorted(starts, boundaries).tolist()
     spans = tuple(zip(cuts[::2], cuts[1::2], strict=True))
-    joined = any(cut < len(starts) and starts[cut] != begin for cut, begin in zip(cuts[::2], boundaries[::2], strict=True))
+    following = [int(starts[cut]) if cut < len(starts) else total for cut in cuts[::2]]
+    joined = any(next_start != begin for next_start, begin in zip(following, boundaries[::2], strict=True))
     return Tokens(ids, spans, joined)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.paths import cache_root
 from tunesmith.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -48,13 +48,6 @@ EMBEDDED = {
         revision=1,
     )
 }
-
-
-def cache_root() -> Path:
-    """``$TUNESMITH_HOME``, else ``$XDG_CACHE_HOME/tunesmith``, else ``~/.cache/tunesmith``."""
-    if home := os.environ.get("TUNESMITH_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
 
 
 def resolve(name_or_path: str) -> str:

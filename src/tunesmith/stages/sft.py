@@ -14,15 +14,22 @@ class Seq2SeqPeftTrainer(PeftTrainer):
     """Cross entropy on supervised tokens."""
 
     def compute_loss(self, batch: Batch) -> LossOutput:
-        """Negative log-likelihood summed over the supervised tokens."""
-        return LossOutput(token_nll(self._logits(batch), batch.targets_S).sum(), batch.num_targets)
+        """Weighted negative log-likelihood, summed over the supervised tokens."""
+        return self._loss(self._logits(batch), batch)
 
     def prediction_step(self, batch: Batch) -> LossOutput:
         """The loss, and how many supervised tokens the model ranks first."""
         logits_SV = self._logits(batch)
         hits = int((logits_SV.argmax(-1) == batch.targets_S).sum())
-        loss = token_nll(logits_SV, batch.targets_S).sum()
-        return LossOutput(loss, batch.num_targets, {"accuracy": (hits, batch.num_targets)})
+        loss = self._loss(logits_SV, batch)
+        return LossOutput(loss.sum, loss.count, {"accuracy": (hits, batch.num_targets)})
+
+    @staticmethod
+    def _loss(logits_SV: torch.Tensor, batch: Batch) -> LossOutput:
+        nll_S = token_nll(logits_SV, batch.targets_S)
+        if batch.weights_S is not None:
+            nll_S = nll_S * batch.weights_S
+        return LossOutput(nll_S.sum(), batch.total_weight)
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         with autocast(self.given.device, self.given.compute_dtype):

@@ -53,7 +53,7 @@ class TrainerState:
     best_metric: float | None = None
     best_step: int | None = None
     loss_sum: float = 0.0
-    loss_count: int = 0
+    loss_count: float = 0.0
     elapsed: float = 0.0
     inputs: dict[str, Any] = field(default_factory=dict)
 

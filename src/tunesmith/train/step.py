@@ -33,7 +33,7 @@ class StepResult:
     """
 
     loss_sum: float
-    count: int
+    count: float
     grad_norm: float
     num_tokens: int
     skipped: bool = False
@@ -68,11 +68,11 @@ class Updater:
         Raises:
             NonFiniteError: the loss or gradient is not finite; nothing has been updated.
         """
-        count = sum(batch.num_targets for batch in window)
+        count = math.fsum(batch.total_weight for batch in window)
         sums = []
         for batch in window:
             output = compute_loss(batch)
-            assert output.count == batch.num_targets, (output.count, batch.num_targets)
+            assert output.count == batch.total_weight, (output.count, batch.total_weight)
             sums.append(output.sum.detach())
             mean = output.sum / count
             (self.scaler.scale(mean) if self.scaler else mean).backward()

@@ -227,7 +227,7 @@ class PeftTrainer:
     def evaluate(self) -> dict[str, float]:
         """Loss, and whatever ``prediction_step`` measures, over the evaluation rows; sums divided once."""
         self.model.eval()
-        loss_sum, count = 0.0, 0
+        loss_sum, count = 0.0, 0.0
         sums: dict[str, tuple[float, int]] = {}
         size = self.args.per_device_eval_batch_size
         rows = sorted(self.given.eval_examples, key=len)
