@@ -60,6 +60,28 @@ def test_n2_padded_equals_flat(settings: dict[str, Any], write_config: Any) -> N
     assert_close(flat, history(settings, write_config, "eager", attn_implementation="eager"))
 
 
+def test_packed_rows_give_the_losses_of_single_rows(settings: dict[str, Any], write_config: Any) -> None:
+    """All rows in one update: however they are grouped, the objective is the same."""
+    whole = {"disable_shuffling": True, "num_train_epochs": 3, "cutoff_len": 128}
+    single = history(settings, write_config, "single", per_device_train_batch_size=22, **whole)
+    packed = history(settings, write_config, "packed", per_device_train_batch_size=22, packing=True, **whole)
+    micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 22}
+    split = history(settings, write_config, "split", packing=True, **micro, **whole)
+    assert len(single) == len(packed) == len(split) == 3
+    assert_close(single, packed)
+    assert_close(single, split)
+
+
+def test_a_packed_run_resumes_where_it_was(settings: dict[str, Any], write_config: Any) -> None:
+    packed = {"packing": True, "cutoff_len": 128, "per_device_train_batch_size": 1, "num_train_epochs": 2, "save_steps": 2}
+    packed["lr_scheduler_type"] = "constant"  # so that the shorter first run has the same rates
+    unbroken = history(settings, write_config, "unbroken", **packed)
+    assert len(unbroken) > 6
+    history(settings, write_config, "stopped", **packed, max_steps=5)
+    resumed = history(settings, write_config, "stopped", **packed, resume_from_checkpoint="auto")
+    assert resumed[5:] == unbroken[5:]
+
+
 def test_gradient_checkpointing_recomputes_and_changes_nothing(
     settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

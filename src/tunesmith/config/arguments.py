@@ -134,6 +134,11 @@ class DataArguments(Arguments):
     )
     identity_name: str | None = Field(None, description="Replaces {{name}} in the data.")
     identity_author: str | None = Field(None, description="Replaces {{author}} in the data.")
+    packing: bool = Field(
+        False,
+        description="Fill each unit of a batch with rows up to cutoff_len tokens (first-fit decreasing). Rows never see "
+        "each other; without it a unit is one row.",
+    )
     disable_shuffling: bool = Field(False, description="Train in file order instead of a seeded order.")
 
 

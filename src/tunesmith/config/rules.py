@@ -13,6 +13,7 @@ from tunesmith.config.arguments import (
 )
 
 NO_EFFECT = {
+    "neat_packing": "rows of a pack never see each other; packing: true is all it takes",
     "overwrite_cache": "rows are tokenised afresh at each start; there is no cache to overwrite",
     "preprocessing_num_workers": "rows are tokenised in batches by the tokenizer's own threads",
     "dataloader_num_workers": "batches are assembled from rows already tokenised; no worker is needed",
@@ -39,9 +40,7 @@ UNSUPPORTED = {
     "mix_strategy": "data sets are joined one after the other in this version",
     "interleave_probs": "data sets are joined one after the other in this version",
     "name_module_trainable": "finetuning_type: freeze is not supported in this version",
-    "neat_packing": "rows are always computed without padding and never see each other; remove the key",
     "num_layer_trainable": "finetuning_type: freeze is not supported in this version",
-    "packing": "rows are always computed without padding and never see each other; remove the key",
     "padding_side": "training batches have no padding; remove the key",
     "predict_with_generate": "generation during evaluation is not supported in this version",
     "quantization_bit": "quantised bases are not supported in this version",

@@ -8,48 +8,62 @@ from math import ceil
 import numpy as np
 
 from tunesmith.data.collator import collate
+from tunesmith.data.pack import pack
 from tunesmith.types import Batch, Example
 
 
 class DataLoader:
     """Groups examples into windows: the micro-batches of one update.
 
-    The last window of an epoch may be short; a window never spans two epochs.
+    The last window of an epoch may be short; a window never spans two epochs. Without packing a unit is a row; with
+    packing it is a pack of rows, the same packs in every epoch, in an order of its own. Rows never see each other
+    either way.
 
     Args:
         examples: the rows.
-        batch_size: rows in a micro-batch.
+        batch_size: rows, or packs, in a micro-batch.
         accumulation: micro-batches in a window.
         seed: of the order.
-        shuffle: False keeps file order.
+        shuffle: False keeps file order (of packs: the order of the first row of each).
+        capacity: tokens of a pack; None does not pack.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, accumulation: int = 1, seed: int = 42, shuffle: bool = True
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        accumulation: int = 1,
+        seed: int = 42,
+        shuffle: bool = True,
+        capacity: int | None = None,
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.seed = seed
         self.shuffle = shuffle
+        if capacity is None:
+            self.units = [[index] for index in range(len(examples))]
+        else:
+            self.units = sorted((sorted(rows) for rows in pack([len(e) for e in examples], capacity)), key=lambda rows: rows[0])
 
     def __len__(self) -> int:
         """Windows in an epoch."""
-        return ceil(len(self.examples) / (self.batch_size * self.accumulation))
+        return ceil(len(self.units) / (self.batch_size * self.accumulation))
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row indices in the order of an epoch."""
+        """Unit numbers in the order of an epoch."""
         if not self.shuffle:
-            return np.arange(len(self.examples))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+            return np.arange(len(self.units))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """The windows of an epoch, from window ``start`` on."""
         order = self.order(epoch)
-        rows = self.batch_size * self.accumulation
-        for begin in range(start * rows, len(order), rows):
-            window = order[begin : begin + rows]
-            yield [
-                collate([self.examples[i] for i in window[j : j + self.batch_size]])
-                for j in range(0, len(window), self.batch_size)
-            ]
+        count = self.batch_size * self.accumulation
+        for begin in range(start * count, len(order), count):
+            window = order[begin : begin + count]
+            yield [self._batch(window[j : j + self.batch_size]) for j in range(0, len(window), self.batch_size)]
+
+    def _batch(self, units: np.ndarray) -> Batch:
+        return collate([self.examples[row] for unit in units.tolist() for row in self.units[unit]])

@@ -85,6 +85,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         finetuning=config.finetuning,
         attention=attention,
         shuffle=not config.data.disable_shuffling,
+        capacity=config.data.cutoff_len if config.data.packing else None,
         inputs={"training data": fingerprint(train)},
     )
     return TRAINERS[config.finetuning.stage](config.training, given), report

@@ -57,6 +57,7 @@ class Ingredients:
         finetuning: saved with each checkpoint.
         attention: the library's attention that the model was loaded with, for generation.
         shuffle: False keeps file order.
+        capacity: tokens of a pack of rows; None does not pack.
         inputs: facts that must be the same when the run is continued.
     """
 
@@ -71,6 +72,7 @@ class Ingredients:
     finetuning: FinetuningArguments
     attention: str
     shuffle: bool = True
+    capacity: int | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,7 +88,12 @@ class PeftTrainer:
         self.model = given.forward.model
         seed = args.seed if args.data_seed is None else args.data_seed
         self.loader = DataLoader(
-            given.train_examples, args.per_device_train_batch_size, args.gradient_accumulation_steps, seed, given.shuffle
+            given.train_examples,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            seed,
+            given.shuffle,
+            given.capacity,
         )
         total = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * len(self.loader))
         self.state = TrainerState(total_steps=total, inputs=self._inputs(seed))
@@ -104,6 +111,7 @@ class PeftTrainer:
             **fixed,
             "data_seed": seed,
             "shuffle": self.given.shuffle,
+            "packing": self.given.capacity,
             "compute_dtype": str(self.given.compute_dtype).removeprefix("torch."),
             **self.given.inputs,
         }
