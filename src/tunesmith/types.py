@@ -25,7 +25,7 @@ class Source:
     """Where a row comes from, so that any later message can name it.
 
     Attributes:
-        dataset: name in ``dataset_info.json``, or the path given in its place.
+        dataset: name in ``dataset_info.json``.
         file: path of the file as the user would open it.
         row: 1-based row number in the file.
         line: 1-based line on which the row begins; 0 where a file has no lines (Parquet, Arrow).

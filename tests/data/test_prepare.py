@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import SHARED, make_rows, write_dataset
 from tunesmith.config.arguments import DataArguments
-from tunesmith.data.prepare import DataReport, fingerprint, prepare_data, preprocess_data, split_examples
+from tunesmith.data.prepare import DataReport, fingerprint, prepare_data, preprocess_data, split_rows
 from tunesmith.errors import DataError
 from tunesmith.types import IGNORE_INDEX, Example
 
@@ -64,16 +64,16 @@ def test_sets_are_joined_in_order_and_limited_each(tiny_model: Path, tmp_path: P
 
 def test_split_is_seeded_disjoint_and_whole(tiny_model: Path, dataset: Path) -> None:
     examples, _ = prepare(tiny_model, dataset)
-    train, held_out = split_examples(examples, 0.25, seed=1)
+    train, held_out = split_rows(examples, 0.25, seed=1)
     assert (len(train), len(held_out)) == (16, 6)
     rows = [e.source.row for e in train] + [e.source.row for e in held_out]
     assert sorted(rows) == list(range(1, 23))
-    assert [e.source.row for e in split_examples(examples, 0.25, seed=1)[1]] == [e.source.row for e in held_out]
-    assert [e.source.row for e in split_examples(examples, 0.25, seed=2)[1]] != [e.source.row for e in held_out]
-    assert len(split_examples(examples, 5, seed=1)[1]) == 5
+    assert [e.source.row for e in split_rows(examples, 0.25, seed=1)[1]] == [e.source.row for e in held_out]
+    assert [e.source.row for e in split_rows(examples, 0.25, seed=2)[1]] != [e.source.row for e in held_out]
+    assert len(split_rows(examples, 5, seed=1)[1]) == 5
     for share in (22, 0.01, 100):
         with pytest.raises(DataError, match="to evaluate"):
-            split_examples(examples, share, seed=1)
+            split_rows(examples, share, seed=1)
 
 
 def test_fingerprint_sees_every_change(tiny_model: Path, dataset: Path) -> None:

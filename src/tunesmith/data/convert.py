@@ -1,4 +1,4 @@
-"""The only place that looks at a raw row's columns: row -> ``Conversation``."""
+"""The only place that looks at a raw row's columns: row -> ``Conversation`` or ``Document``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tunesmith.config.arguments import DatasetAttr
 from tunesmith.errors import DataError
-from tunesmith.types import Conversation, Message, Role, Source
+from tunesmith.types import Conversation, Document, Message, Role, Source
 
 
 class RowProblem(Exception):
@@ -47,6 +47,21 @@ def convert_row(
     if placeholders:
         messages = [Message(m.role, fill(m.content, placeholders)) for m in messages]
     return Conversation(tuple(messages), source)
+
+
+def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> Document:
+    """Turn one row into a document: the text of its prompt column, or of ``text`` in a plain text file.
+
+    Raises:
+        DataError: the column is missing.
+        RowProblem: it is empty or no text.
+    """
+    plain = source.file.endswith(".txt")
+    name = "text" if plain or attr.prompt_column is None else attr.prompt_column
+    text = _text(_column(row, name, "text", source), name)
+    if not text.strip():
+        raise RowProblem("empty text")
+    return Document(text, source)
 
 
 def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: DatasetAttr) -> None:

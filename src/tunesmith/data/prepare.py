@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from tunesmith.config.arguments import DataArguments, RunConfig
-from tunesmith.data.convert import RowProblem, check_columns, convert_row
+from tunesmith.data.blocks import documents_to_blocks
+from tunesmith.data.convert import RowProblem, check_columns, convert_document, convert_row
 from tunesmith.data.registry import load_attrs
 from tunesmith.data.source import read_rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import DataError, TemplateError
-from tunesmith.types import IGNORE_INDEX, Conversation, Example, Source
+from tunesmith.types import IGNORE_INDEX, Conversation, Document, Example, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Row = TypeVar("Row", Example, Document)
 _CHUNK = 1000
 _SHOWN = 5
 
@@ -37,6 +39,7 @@ class DataReport:
         unfilled: rows that hold ``{{name}}`` or ``{{author}}`` while no value is configured.
         tokens: tokens of the kept examples.
         supervised: how many of them are learned.
+        remainder: tokens behind the last full block of each set, left out (stage pt).
     """
 
     read: int = 0
@@ -47,6 +50,7 @@ class DataReport:
     unfilled: list[Source] = field(default_factory=list)
     tokens: int = 0
     supervised: int = 0
+    remainder: int = 0
 
     def drop(self, reason: str, source: Source) -> None:
         """Count a row that is left out."""
@@ -60,6 +64,8 @@ class DataReport:
             yield f"{len(sources):,} dropped: {reason} ({_name_rows(sources)})"
         if self.cut:
             yield f"{len(self.cut):,} longer than cutoff_len, end cut off and not learned ({_name_rows(self.cut)})"
+        if self.remainder:
+            yield f"{self.remainder:,} tokens behind the last full block left out"
         for remark, sources in self.noted.items():
             yield f"{len(sources):,} rows: {remark} ({_name_rows(sources)})"
         if self.unfilled:
@@ -73,6 +79,7 @@ class DataReport:
             "kept": self.kept,
             "tokens": self.tokens,
             "supervised": self.supervised,
+            "remainder": self.remainder,
             "dropped": {reason: [str(s) for s in sources] for reason, sources in self.dropped.items()},
             "cut": [str(s) for s in self.cut],
             "noted": {remark: [str(s) for s in sources] for remark, sources in self.noted.items()},
@@ -152,6 +159,42 @@ def preprocess_data(
     return examples
 
 
+def prepare_documents(args: DataArguments, names: tuple[str, ...], report: DataReport, seed: int = 42) -> list[Document]:
+    """Read data sets of plain text, one after the other; a row is a document.
+
+    Raises:
+        DataError: anything that makes a file unusable, naming file and row.
+    """
+    documents = []
+    for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
+        for row, source in read_rows(attr, args.dataset_dir, args.max_samples, seed):
+            report.read += 1
+            try:
+                documents.append(convert_document(row, attr, source))
+            except RowProblem as problem:
+                report.drop(str(problem), source)
+    return documents
+
+
+def preprocess_pretrain(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, report: DataReport
+) -> list[Example]:
+    """Lay documents end to end, closed by the end-of-sequence token, and cut them into blocks.
+
+    Raises:
+        DataError: there is less than one block.
+        TemplateError: the tokenizer has no end-of-sequence token.
+    """
+    blocks, rest = documents_to_blocks(documents, tokenizer, length)
+    report.kept += len(documents)
+    report.remainder += rest
+    report.tokens += length * len(blocks)
+    report.supervised += (length - 1) * len(blocks)
+    if not blocks:
+        raise DataError(f"{len(documents)} documents with {rest:,} tokens do not fill one block; lower cutoff_len ({length})")
+    return blocks
+
+
 def load_examples(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport
 ) -> tuple[list[Example], list[Example]]:
@@ -162,14 +205,21 @@ def load_examples(
     """
     data, training = config.data, config.training
     seed = training.seed if training.data_seed is None else training.data_seed
+    share = data.val_size or data.dev_ratio
+    if config.finetuning.stage == "pt":
+        documents, held_out = prepare_documents(data, data.dataset, report, seed), []
+        if data.eval_dataset:
+            held_out = prepare_documents(data, data.eval_dataset, report, seed)
+        elif share:
+            documents, held_out = split_rows(documents, share, seed)
+        blocks = preprocess_pretrain(documents, tokenizer, data.cutoff_len, report)
+        return blocks, preprocess_pretrain(held_out, tokenizer, data.cutoff_len, report) if held_out else []
     conversations = prepare_data(data, data.dataset, report, seed)
     train = preprocess_data(conversations, tokenizer, data.cutoff_len, report, data.template_date)
     if data.eval_dataset:
-        held_out = prepare_data(data, data.eval_dataset, report, seed)
-        return train, preprocess_data(held_out, tokenizer, data.cutoff_len, report, data.template_date)
-    if share := data.val_size or data.dev_ratio:
-        return split_examples(train, share, seed)
-    return train, []
+        held_out_turns = prepare_data(data, data.eval_dataset, report, seed)
+        return train, preprocess_data(held_out_turns, tokenizer, data.cutoff_len, report, data.template_date)
+    return split_rows(train, share, seed) if share else (train, [])
 
 
 def _finish(input_ids: np.ndarray, labels: np.ndarray, source: Source, cutoff_len: int, report: DataReport) -> Example | None:
@@ -205,8 +255,8 @@ def _chunks(items: Iterable[Conversation], size: int) -> Iterator[list[Conversat
         yield chunk
 
 
-def split_examples(examples: list[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Divide examples into (train, eval), both in file order.
+def split_rows(examples: list[Row], held_out: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Divide examples or documents into (train, eval), both in file order.
 
     Args:
         examples: all rows.

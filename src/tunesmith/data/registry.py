@@ -82,7 +82,7 @@ def parse_entry(name: str, entry: Any, path: Path, prefix: str = "") -> DatasetA
                 f"{where}: unknown key {key!r}; understood: {', '.join([*_TOP_KEYS, 'columns', 'tags', 'ranking'])}"
             )
     if "file_name" not in entry:
-        raise DataError(f"{where}: file_name is missing; name the .json or .jsonl file")
+        raise DataError(f"{where}: file_name is missing; name the .json, .jsonl or .txt file")
     values.update(_columns(entry.get("columns"), where))
     values.update(_tags(entry.get("tags"), where))
     if prefix:
@@ -121,14 +121,13 @@ def _tags(tags: Any, where: str) -> dict[str, Any]:
 
 def resolve_file(attr: DatasetAttr, dataset_dir: str) -> Path:
     """Path of a data set's file. Raises DataError when it is missing or lies outside ``dataset_dir``."""
-    if attr.file_name is None:
-        raise DataError(f"data set {attr.dataset_name!r}: file_name is missing in dataset_info.json")
+    assert attr.file_name is not None, "parse_entry refuses an entry without a file"
     root = Path(dataset_dir).resolve()
     path = Path(dataset_dir) / attr.file_name
     if "://" in attr.file_name or not path.resolve().is_relative_to(root):
         raise DataError(f"data set {attr.dataset_name!r}: file_name {attr.file_name!r} leaves dataset_dir {dataset_dir!r}")
     if path.is_dir():
-        raise DataError(f"data set {attr.dataset_name!r}: {path} is a folder; give a .json or .jsonl file")
+        raise DataError(f"data set {attr.dataset_name!r}: {path} is a folder; give a .json, .jsonl or .txt file")
     if not path.is_file():
         raise DataError(f"data set {attr.dataset_name!r}: no such file: {path}")
     return path

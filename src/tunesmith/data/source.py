@@ -77,11 +77,16 @@ def read_text(path: Path) -> str:
 
 
 def _iter_file(path: Path, dataset: str) -> Iterator[Row]:
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in (".json", ".jsonl", ".txt"):
         raise DataError(
-            f"{path}: files ending in {path.suffix or '(nothing)'} are not read in this version; use .json or .jsonl"
+            f"{path}: files ending in {path.suffix or '(nothing)'} are not read in this version; use .json, .jsonl or .txt"
         )
     text = read_text(path)
+    if path.suffix == ".txt":
+        filled = ((at, content) for at, content in enumerate(text.split("\n"), 1) if content.strip())
+        for row, (at, content) in enumerate(filled, 1):
+            yield {"text": content.removesuffix("\r")}, Source(dataset, str(path), row, at)
+        return
     rows = _iter_array(text, path) if path.suffix == ".json" and text.lstrip()[:1] == "[" else _iter_lines(text, path)
     for number, (value, line) in enumerate(rows, 1):
         if not isinstance(value, dict):

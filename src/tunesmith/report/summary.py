@@ -22,6 +22,9 @@ def summarize(run: Path) -> Iterator[str]:
         yield f"  loss        {losses[0]:.4f} -> {losses[-1]:.4f}"
     if evaluations:
         yield f"  eval loss   {evaluations[0][1]:.4f} -> {evaluations[-1][1]:.4f}"
+        perplexities = [entry["eval_perplexity"] for entry in entries if "eval_perplexity" in entry]
+        if perplexities:
+            yield f"  perplexity  {perplexities[0]:.2f} -> {perplexities[-1]:.2f}"
         kept = ", kept" if results["loaded_best"] else ""
         if results["best_step"] is not None:
             yield f"  best        {results['best_eval_loss']:.4f} at step {results['best_step']}{kept}"

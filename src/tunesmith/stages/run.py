@@ -17,6 +17,7 @@ from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import check_vocabulary, load_base_model, load_tokenizer, model_path, prepare_flat
 from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
 from tunesmith.train.checkpoint import write_json
@@ -35,7 +36,7 @@ from tunesmith.train.runfolder import (
 )
 from tunesmith.train.trainer import Ingredients, PeftTrainer
 
-TRAINERS: dict[str, type[PeftTrainer]] = {"sft": Seq2SeqPeftTrainer}
+TRAINERS: dict[str, type[PeftTrainer]] = {"pt": PretrainPeftTrainer, "sft": Seq2SeqPeftTrainer}
 """Stage -> trainer."""
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from tunesmith.losses.cross_entropy import token_nll
-from tunesmith.model.precision import autocast
+from tunesmith.stages.language import language_loss, language_metrics
 from tunesmith.train.trainer import PeftTrainer
 from tunesmith.types import Batch, LossOutput
 
@@ -15,22 +12,8 @@ class Seq2SeqPeftTrainer(PeftTrainer):
 
     def compute_loss(self, batch: Batch) -> LossOutput:
         """Weighted negative log-likelihood, summed over the supervised tokens."""
-        return self._loss(self._logits(batch), batch)
+        return language_loss(self.given, batch)
 
     def prediction_step(self, batch: Batch) -> LossOutput:
         """The loss, and how many supervised tokens the model ranks first."""
-        logits_SV = self._logits(batch)
-        hits = int((logits_SV.argmax(-1) == batch.targets_S).sum())
-        loss = self._loss(logits_SV, batch)
-        return LossOutput(loss.sum, loss.count, {"accuracy": (hits, batch.num_targets)})
-
-    @staticmethod
-    def _loss(logits_SV: torch.Tensor, batch: Batch) -> LossOutput:
-        nll_S = token_nll(logits_SV, batch.targets_S)
-        if batch.weights_S is not None:
-            nll_S = nll_S * batch.weights_S
-        return LossOutput(nll_S.sum(), batch.total_weight)
-
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        with autocast(self.given.device, self.given.compute_dtype):
-            return self.given.forward.logits(batch)
+        return language_metrics(self.given, batch)
