@@ -18,9 +18,7 @@ class RowProblem(Exception):
         unreadable: the row is no data at all (broken JSON, wrong encoding); by default such a row ends the run.
     """
 
-    def __init__(
-        self, code: str, message: str, fix: str = "", column: int | None = None, unreadable: bool = False
-    ) -> None:
+    def __init__(self, code: str, message: str, fix: str = "", column: int | None = None, unreadable: bool = False) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
