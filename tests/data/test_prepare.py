@@ -8,9 +8,10 @@ from transformers import AutoTokenizer
 
 from tests.conftest import SHARED, make_rows, write_dataset
 from tunesmith.config.arguments import DataArguments
+from tunesmith.data.collator import collate
 from tunesmith.data.prepare import DataReport, fingerprint, prepare_data, preprocess_data, split_rows
 from tunesmith.errors import DataError
-from tunesmith.types import IGNORE_INDEX, Example
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message, Source
 
 
 def prepare(model: Path, folder: Path, name: str = "rows", **values: Any) -> tuple[list[Example], DataReport]:
@@ -105,3 +106,54 @@ def test_real_ids_are_those_of_apply_chat_template(tiny_model: Path) -> None:
     for conversation, example in zip(conversations, examples, strict=True):
         plain = [{"role": m.role, "content": m.content} for m in conversation.messages]
         assert example.input_ids.tolist() == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+
+
+THINKING = """{%- set last = messages | length - 1 -%}
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}{{ m.content.split('</think>')[1].lstrip() }}\
+{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+
+
+def dialogue(*weights: float) -> Conversation:
+    turns = []
+    for number, weight in enumerate(weights):
+        turns += [
+            Message("user", f"the cat {number}"),
+            Message("assistant", f"<think>mat {number}</think>sat {number}", weight=weight),
+        ]
+    return Conversation(tuple(turns), Source("d", "d.jsonl", 1, 1))
+
+
+def test_a_turn_that_is_rewritten_later_is_learned_as_it_was_said(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = THINKING.replace("\\\n", "")
+    report = DataReport()
+    examples = preprocess_data([dialogue(1, 1)], tokenizer, 512, report)
+    learned = [tokenizer.decode(e.input_ids[e.labels != IGNORE_INDEX]) for e in examples]
+    assert learned == ["<think>mat 0</think>sat 0<|im_end|>", "<think>mat 1</think>sat 1<|im_end|>"]
+    assert (report.kept, len(report.noted)) == (1, 1)
+    assert any("own rendering" in note for note in report.noted)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in dialogue(1, 1).messages[:3]],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert tokenizer.decode(examples[1].input_ids).startswith(prompt)
+
+
+def test_weights_of_turns_reach_their_tokens(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    (example,) = preprocess_data([dialogue(0.5, 0, 1)], tokenizer, 512, DataReport())
+    assert example.weights is not None
+    learned = example.labels != IGNORE_INDEX
+    pieces = {w: tokenizer.decode(example.input_ids[learned & (example.weights == w)]) for w in (0.5, 1.0)}
+    assert pieces == {0.5: "<think>mat 0</think>sat 0<|im_end|>", 1.0: "<think>mat 2</think>sat 2<|im_end|>"}
+    batch = collate([example])
+    assert batch.weights_S is not None
+    assert batch.total_weight == pytest.approx(
+        0.5 * (batch.weights_S == 0.5).sum().item() + (batch.weights_S == 1).sum().item()
+    )

@@ -14,7 +14,8 @@ from tunesmith.data.blocks import documents_to_blocks
 from tunesmith.data.convert import RowProblem, check_columns, convert_document, convert_row
 from tunesmith.data.registry import load_attrs
 from tunesmith.data.source import read_rows
-from tunesmith.data.template import ChatTemplate
+from tunesmith.data.template import ChatTemplate, Rendered
+from tunesmith.data.tokenize import Text, TextEncoder, Tokens
 from tunesmith.errors import DataError, TemplateError
 from tunesmith.types import IGNORE_INDEX, Conversation, Document, Example, Source
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", Example, Document)
 _CHUNK = 1000
+_SEVERAL = "the template shows earlier turns otherwise than when they were the last; each is learned in its own rendering"
 _SHOWN = 5
 
 
@@ -32,7 +34,7 @@ class DataReport:
 
     Attributes:
         read: rows in the files (after max_samples).
-        kept: examples made.
+        kept: rows from which examples were made.
         dropped: reason -> rows left out.
         cut: rows that were longer than cutoff_len and lost their end.
         noted: remark of the template -> rows that it concerns.
@@ -125,7 +127,10 @@ def preprocess_data(
     report: DataReport,
     date: str | None = None,
 ) -> list[Example]:
-    """Render, tokenise and mask conversations for supervised fine-tuning; every assistant turn is learned.
+    """Render, tokenise and mask conversations for supervised fine-tuning; every assistant turn is learned once.
+
+    A row whose template rewrites earlier turns (reasoning that is dropped later) becomes several examples, so that each
+    turn is learned as serving will ask for it.
 
     A row longer than ``cutoff_len`` tokens loses its end; a row in which nothing is left to learn is dropped. Both
     are counted in ``report``.
@@ -134,26 +139,27 @@ def preprocess_data(
         DataError: no row is left.
         TemplateError: the tokenizer has no usable chat template.
     """
-    template = ChatTemplate(tokenizer, date)
+    template, encoder = ChatTemplate(tokenizer, date), TextEncoder(tokenizer)
     examples: list[Example] = []
     for chunk in _chunks(conversations, _CHUNK):
-        rendered, sources = [], []
+        rows: list[tuple[Conversation, list[Rendered]]] = []
         for conversation in chunk:
             try:
-                rendered.append(template.render_supervised(conversation.messages))
+                views = template.views(conversation.messages, conversation.tools)
             except TemplateError as error:
                 report.drop(str(error), conversation.source)
                 continue
-            sources.append(conversation.source)
-            if len(sources) == 1:
-                template.check_against_library(conversation.messages)
-            for note in set(rendered[-1].notes):
+            rows.append((conversation, views))
+            for note in dict.fromkeys(note for view in views for note in view.notes):
                 report.noted.setdefault(note, []).append(conversation.source)
-        for (input_ids, labels), source in zip(template.encode(rendered), sources, strict=True):
-            example = _finish(input_ids, labels, source, cutoff_len, report)
-            if example is not None:
-                examples.append(example)
-    report.kept += len(examples)
+            if len(views) > 1:
+                report.noted.setdefault(_SEVERAL, []).append(conversation.source)
+        texts = [_text(view) for _, views in rows for view in views]
+        tokens = iter(encoder.encode(texts))
+        for conversation, views in rows:
+            examples += _finish(
+                conversation, [_example(conversation, view, next(tokens)) for view in views], cutoff_len, report
+            )
     if not examples:
         raise DataError("no trainable tokens in any row:\n  " + "\n  ".join(report.lines()))
     return examples
@@ -222,21 +228,41 @@ def load_examples(
     return split_rows(train, share, seed) if share else (train, [])
 
 
-def _finish(input_ids: np.ndarray, labels: np.ndarray, source: Source, cutoff_len: int, report: DataReport) -> Example | None:
-    if len(input_ids) > cutoff_len:
-        input_ids, labels = input_ids[:cutoff_len], labels[:cutoff_len]
-        if count_supervised(labels):
-            report.cut.append(source)
-        else:
-            report.drop(f"no answer token within cutoff_len {cutoff_len}", source)
-            return None
-    supervised = count_supervised(labels)
-    if not supervised:
-        report.drop("no trainable token", source)
-        return None
-    report.tokens += len(input_ids)
-    report.supervised += supervised
-    return Example(input_ids, labels, source)
+def _text(view: Rendered) -> Text:
+    return Text(view.text, tuple((turn.start, turn.end) for turn in view.turns), view.data)
+
+
+def _example(conversation: Conversation, view: Rendered, tokens: Tokens) -> Example:
+    """The tokens of a view with its labels, and the weights of its turns where they are not all 1."""
+    labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int32)
+    factors = [conversation.messages[turn.index].weight for turn in view.turns]
+    weights = None if all(factor == 1 for factor in factors) else np.ones(len(tokens.ids), dtype=np.float32)
+    for (begin, end), factor in zip(tokens.spans, factors, strict=True):
+        labels[begin:end] = tokens.ids[begin:end]
+        if weights is not None:
+            weights[begin:end] = factor
+    return Example(tokens.ids, labels, conversation.source, weights)
+
+
+def _finish(conversation: Conversation, views: Sequence[Example], cutoff_len: int, report: DataReport) -> list[Example]:
+    """The views of a row that can be learned, no longer than ``cutoff_len``; the row is counted once."""
+    cut = [view if len(view) <= cutoff_len else _head(view, cutoff_len) for view in views]
+    kept = [view for view in cut if count_supervised(view.labels)]
+    if not kept:
+        long = any(count_supervised(view.labels) for view in views)
+        report.drop(f"no answer token within cutoff_len {cutoff_len}" if long else "no trainable token", conversation.source)
+        return []
+    if any(len(view) > cutoff_len for view in views):
+        report.cut.append(conversation.source)
+    report.kept += 1
+    report.tokens += sum(len(view) for view in kept)
+    report.supervised += sum(count_supervised(view.labels) for view in kept)
+    return kept
+
+
+def _head(example: Example, length: int) -> Example:
+    weights = None if example.weights is None else example.weights[:length]
+    return Example(example.input_ids[:length], example.labels[:length], example.source, weights)
 
 
 def count_supervised(labels: np.ndarray) -> int:
@@ -278,10 +304,12 @@ def split_rows(examples: list[Row], held_out: float, seed: int) -> tuple[list[Ro
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over the token ids and labels of all examples, in order."""
+    """SHA-256 over the token ids, labels and weights of all examples, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.input_ids.tobytes())
         digest.update(example.labels.tobytes())
+        if example.weights is not None:
+            digest.update(example.weights.tobytes())
     return digest.hexdigest()

@@ -1,32 +1,53 @@
 """The only place that turns messages into text and tokens, for training and for chat alike.
 
-The tokenizer's own chat template renders the whole conversation once, with message texts that remember where their
-characters come from (``data/trace.py``). So it is known, for any template, which characters are an assistant's turn.
-A turn that is learned begins where the template, asked to prompt for it, stops, and includes the text with which the
-template ends it.
+The tokenizer's own chat template renders the conversation with texts that remember where their characters come from
+(``data/trace.py``). So it is known, for any template, which characters are an assistant's turn. A turn that is learned
+begins where the template, asked to prompt for it, stops, and includes the text with which the template ends it
+(``data/turns.py``). Rows of a shape that was seen before are rendered plainly and compared (``data/skeleton.py``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import numpy as np
 
+from tunesmith.data.dialogue import Dialogue, Engine
+from tunesmith.data.marks import turns_by_marks
+from tunesmith.data.probe import TOOL, Probe
+from tunesmith.data.skeleton import Shape, Skeleton, fill, learn, shape_of, with_known_trims
 from tunesmith.data.tokenize import Text, TextEncoder
-from tunesmith.data.trace import MARK, Span, TracedStr, TracedTemplate, trace
+from tunesmith.data.trace import MARK, TracedStr
+from tunesmith.data.turns import Found, Placed, Turn, TurnFinder, checked_turns
+from tunesmith.data.wire import as_messages
+from tunesmith.data.words import merged, unshown
 from tunesmith.errors import TemplateError
-from tunesmith.types import IGNORE_INDEX, Message
+from tunesmith.types import Message, Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = (Message("user", "Hello."), Message("assistant", "Good day."), Message("user", "Well?"))
+_SHAPES_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was proven of a mask.
+
+    Attributes:
+        turns: what is learned; everything else is not.
+        marked: whether ``{% generation %}`` marks of the template were followed.
+        notes: what a person should know: content that the template rewrites, drops or trims, turns opened otherwise
+            than in chat or without an end, tokens that reach across the beginning of a turn.
+    """
+
+    turns: tuple[Turn, ...]
+    marked: bool
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,225 +56,312 @@ class Rendered:
 
     Attributes:
         text: what the model sees.
-        spans: character ranges that are learned, disjoint and in order.
-        notes: what a person should know: content that the template rewrites, a prompt that differs in chat.
-        data: character ranges that come from messages; what they spell is never a special token.
+        turns: what is learned, in order, disjoint.
+        data: character ranges that come from messages or tools, in order, disjoint.
+        notes: what a person should know.
+        marked: character ranges that the template marks with ``{% generation %}``.
     """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    turns: tuple[Turn, ...]
+    data: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
-    data: tuple[tuple[int, int], ...] = ()
+    marked: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tokenised conversation with its mask.
+
+    Attributes:
+        text: what the model sees.
+        input_ids: its tokens.
+        loss_mask: 1 for each token that is learned, else 0; not shifted.
+        certificate: what was proven of the mask.
+    """
+
+    text: str
+    input_ids: list[int]
+    loss_mask: list[int]
+    certificate: Certificate
 
 
 class ChatTemplate:
     """The chat template of one tokenizer.
 
     Args:
-        tokenizer: with a chat template and a fast backend.
+        tokenizer: with a fast backend, and with a chat template unless ``source`` is given.
         date: ``YYYY-MM-DD`` that a template sees as today; the real one if None.
+        source: Jinja text to use in place of the tokenizer's own.
+        options: further variables for the template, such as ``enable_thinking``.
 
     Raises:
         TemplateError: no chat template, one that cannot be compiled, or no character offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        date: str | None = None,
+        source: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.date = date
+        self.options = dict(options or {})
         name = tokenizer.name_or_path
-        if not tokenizer.chat_template:
+        if not (source or tokenizer.chat_template):
             raise TemplateError(
                 f"the tokenizer of {name!r} has no chat template; put a chat_template.jinja beside its tokenizer.json"
             )
-        self._encoder = TextEncoder(tokenizer)
+        if not tokenizer.is_fast:
+            raise TemplateError(f"the tokenizer of {name!r} has no character offsets (no fast backend)")
         try:
-            self._template = TracedTemplate(tokenizer.get_chat_template(), date)
-        except jinja2.TemplateError as error:
+            self.source: str = source or tokenizer.get_chat_template()
+            self._engine = Engine(self.source, date, {"documents": None, **tokenizer.special_tokens_map, **self.options})
+        except (jinja2.TemplateError, ValueError) as error:
             raise TemplateError(f"the chat template of {name!r} cannot be read: {error}") from None
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        longest_first = sorted(added, key=len, reverse=True)
-        self._added_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._probe = Probe(self._engine, tokenizer)
+        self._with_tools = self._tool_variant(source)
+        self._compared: set[object] = set()
+        self._skeletons: dict[Shape, tuple[Skeleton, ...]] = {}
+        self._encoder = TextEncoder(tokenizer)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> TracedStr:
-        """Text of the conversation, equal to ``apply_chat_template``. Raises TemplateError when the template refuses it."""
-        traced = [{"role": m.role, "content": trace(m.content, index)} for index, m in enumerate(messages)]
-        try:
-            return self._template.render(
-                messages=traced,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise TemplateError(f"the chat template refuses the conversation: {error}") from None
+    def _tool_variant(self, source: str | None) -> ChatTemplate | None:
+        """A template of its own for conversations with tools, where the tokenizer brings one."""
+        if source or not isinstance(self.tokenizer.chat_template, dict):
+            return None
+        chosen = self.tokenizer.get_chat_template(tools=[dict(TOOL)])
+        return None if chosen == self.source else ChatTemplate(self.tokenizer, self.date, chosen, self.options)
 
-    def render_supervised(self, messages: Sequence[Message]) -> Rendered:
-        """Render and find the spans to learn: every assistant turn.
+    # ---- rendering
+
+    def text(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Text of the conversation, equal to ``apply_chat_template(..., tokenize=False)``.
 
         Raises:
-            TemplateError: the template refuses the conversation, or leaves out a turn, or does not end it.
+            TemplateError: the template refuses the conversation.
         """
-        text = self.render(messages)
-        marked = [(span.start, span.end) for span in text.spans if span.origin == MARK]
-        if marked:
-            return Rendered(str.__str__(text), tuple(marked), data=_data(text))
-        spans: list[tuple[int, int]] = []
-        notes: list[str] = []
-        for index, message in enumerate(messages):
-            if message.role == "assistant":
-                spans.append(self._turn(text, index, message, notes))
-        if any(start < end for (_, end), (start, _) in pairwise(spans)):
-            raise TemplateError("the template mixes the texts of several turns")
-        return Rendered(str.__str__(text), tuple(spans), tuple(notes), _data(text))
+        if tools and self._with_tools:
+            return self._with_tools.text(messages, tools, add_generation_prompt)
+        known = as_messages(messages)
+        return self._probe.dialogue(known, tuple(tools or ())).text(len(known), add_generation_prompt)
 
-    def _turn(self, text: TracedStr, index: int, message: Message, notes: list[str]) -> tuple[int, int]:
-        own = [span for span in text.spans if span.origin == index]
-        if not own:
-            raise TemplateError(f"the template leaves out turn {index + 1}")
-        first, last = own[0].start, own[-1].end
-        if _content(text, own).strip() != message.content.strip():
-            notes.append("the template rewrites or shortens an assistant turn; what it shows is learned")
-        before = max((span.end for span in text.spans if span.end <= first and span.origin != index), default=0)
-        after = min((span.start for span in text.spans if span.start >= last and span.origin != index), default=len(text))
-        plain = str.__str__(text)
-        start = before + self._reply_start(plain[before:first], notes)
-        return start, last + self._turn_end(plain[last:after], index, after == len(text), notes)
+    def rendered(self, messages: Sequence[Message], tools: Tools = ()) -> Rendered:
+        """One rendering of the whole conversation, with every assistant turn whose weight is above 0.
 
-    def _reply_start(self, gap: str, notes: list[str]) -> int:
-        """Where in the text before a reply the prompt for it ends."""
-        prompt = self.generation_prompt
-        found = gap.rfind(prompt)
-        if found >= 0:
-            return found + len(prompt)
-        for length in range(len(prompt) - 1, 0, -1):
-            found = gap.rfind(prompt[:length])
-            if found >= 0:
-                kept = self._whole_tokens(prompt[:length], prompt)
-                kept = self._whole_tokens(kept, gap[found:])
-                tokens = list(self._added_token.finditer(kept))
-                cut = max(kept.rfind("\n") + 1, tokens[-1].end() if tokens else 0)
-                if cut:
-                    notes.append(f"in chat the template opens replies with {prompt[cut:]!r}, these turns are opened otherwise")
-                    return found + cut
-        return len(gap)
+        The first conversation of each shape is compared with transformers' own rendering.
 
-    def _turn_end(self, tail: str, index: int, final: bool, notes: list[str]) -> int:
-        """Length of what ends a turn, at the beginning of the text after its content."""
-        ending = self._whole_tokens(_common_prefix(tail, self.turn_ending), tail)
-        tokens = list(self._added_token.finditer(ending))
-        if tokens:
-            return tokens[-1].end()
-        first = self._added_token.match(tail.lstrip())
-        if first and first.group() != self.tokenizer.bos_token:
-            return len(tail) - len(tail.lstrip()) + first.end()
-        if ending.strip():
-            return len(ending.rstrip())
-        if not self.turn_ending.strip() and not self._ends_turns_midway:
-            raise TemplateError(
-                f"nothing ends turn {index + 1} in the chat template, so the model would never learn to stop; "
-                "let the template put the end-of-turn token after every assistant turn"
+        Raises:
+            TemplateError: the template refuses the conversation, leaves out or mixes turns, or never ends one.
+        """
+        if tools and self._with_tools:
+            return self._with_tools.rendered(messages, tools)
+        dialogue = self._probe.dialogue(messages, tools)
+        text, found = self._found(dialogue, len(messages), _learned(messages), False)
+        for reason in found.missing.values():
+            raise TemplateError(reason)
+        return self._finish(text, dialogue, found.placed)
+
+    def views(self, messages: Sequence[Message], tools: Tools = ()) -> list[Rendered]:
+        """Renderings in which every assistant turn whose weight is above 0 is learned once, as serving would see it.
+
+        One rendering where the template shows earlier turns as it showed them when they were the last. Where it does
+        not (reasoning that is dropped later, another end), a turn is learned in the rendering that ends with it, and
+        turns that are shown there as they were share it. A turn that in no rendering is what serving would see is
+        learned as the template shows it, with a note.
+
+        Up to eight assistant turns, each is compared with the prompt that serving would make and with the rendering
+        that ends with it. In longer conversations the first, the last and number 2, 4, 8, ... are, so that the work
+        grows with the length of the text; between them, turns are served if the template opens and ends them exactly
+        as it does a checked turn of the same kind. For rows of a shape seen before, the same comparisons are made by
+        plain rendering.
+
+        Raises:
+            TemplateError: as ``rendered``.
+        """
+        if tools and self._with_tools:
+            return self._with_tools.views(messages, tools)
+        dialogue = self._probe.dialogue(messages, tools)
+        shape = None if tools or self._marks else shape_of(messages)
+        if shape is not None and shape in self._skeletons:
+            filled = [fill(skeleton, dialogue) for skeleton in self._skeletons[shape]]
+            if all(f is not None for f in filled):
+                return [
+                    Rendered(f[0], tuple(f[2]), tuple(f[1]), skeleton.notes)
+                    for f, skeleton in zip(filled, self._skeletons[shape], strict=True)
+                    if f is not None
+                ]
+        learned = self._make_views(dialogue)
+        if shape is not None:
+            self._remember(shape, dialogue, learned)
+        return [rendered for _, _, rendered in learned]
+
+    def _make_views(self, dialogue: Dialogue) -> list[tuple[int, TracedStr, Rendered]]:
+        messages = dialogue.messages
+        rest, count = _learned(messages), len(messages)
+        thorough = False
+        views = []
+        while True:
+            text, found = self._found(dialogue, count, rest, thorough)
+            if not thorough and (found.missing or not all(placed.best for placed in found.placed)):
+                thorough = True
+                text, found = self._found(dialogue, count, rest, thorough)
+            forced = rest[-1] if rest and rest[-1] == count - 1 else None
+            taken = [placed for placed in found.placed if placed.best or placed.turn.index == forced]
+            if forced is not None and forced in found.missing:
+                raise TemplateError(found.missing[forced])
+            if taken or not rest:
+                views.append((count, text, self._finish(text, dialogue, taken, count)))
+            done = {placed.turn.index for placed in taken}
+            rest = [index for index in rest if index not in done]
+            if not rest:
+                return views[::-1]
+            count = rest[-1] + 1
+
+    def _remember(self, shape: Shape, dialogue: Dialogue, views: Sequence[tuple[int, TracedStr, Rendered]]) -> None:
+        checked = checked_turns(_learned(dialogue.messages), len(views) > 1)
+        made = [learn(text, dialogue.messages[:count], r.turns, r.notes, checked) for count, text, r in views]
+        skeletons = tuple(skeleton for skeleton in made if skeleton is not None)
+        if len(skeletons) == len(views) and len(self._skeletons) < _SHAPES_KEPT:
+            old = self._skeletons.get(shape, ())
+            if len(old) == len(skeletons):
+                skeletons = tuple(with_known_trims(a, b) for a, b in zip(skeletons, old, strict=True))
+            self._skeletons[shape] = skeletons
+
+    def _found(self, dialogue: Dialogue, count: int, indices: Sequence[int], thorough: bool) -> tuple[TracedStr, Found]:
+        """Trace the first messages, compare with the library, find turns."""
+        text = dialogue.trace(count)
+        if dialogue.text(count) != text:
+            raise TemplateError("the conversation renders differently when its texts are traced; please report this template")
+        self._compare(dialogue, count, str.__str__(text))
+        inside = [index for index in indices if index < count]
+        if self._marks:
+            return text, turns_by_marks(text, dialogue, count, inside, self._probe.words)
+        finder = TurnFinder(text, count, dialogue, self._probe.words, checked_turns(inside, thorough))
+        return text, finder.find(inside)
+
+    def _finish(self, text: TracedStr, dialogue: Dialogue, placed: Sequence[Placed], count: int | None = None) -> Rendered:
+        data = merged(span for span in text.spans if span.origin != MARK)
+        marked = merged(span for span in text.spans if span.origin == MARK)
+        notes = [note for one in placed for note in one.notes]
+        notes += unshown(text, dialogue.messages[:count], bool(dialogue.plain_tools))
+        if self._probe.tool_form.arguments_as_text and any(m.tool_calls for m in dialogue.messages[:count]):
+            notes.append("the arguments of tool calls are given to the template as JSON text, since it shows no mappings")
+        if dialogue.lost:
+            notes.append("an operation of the template hides where text comes from; turns were found by comparing renderings")
+        return Rendered(str.__str__(text), tuple(p.turn for p in placed), data, tuple(dict.fromkeys(notes)), marked)
+
+    # ---- templates with marks
+
+    @cached_property
+    def _marks(self) -> bool:
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+
+    # ---- comparison with the library
+
+    def _compare(self, dialogue: Dialogue, count: int, text: str) -> None:
+        """Compare with transformers once for each shape of conversation."""
+        fields = tuple((*sorted(m), m["role"]) for m in dialogue.plain_messages[:count])
+        shape = (fields, bool(dialogue.plain_tools))
+        if shape not in self._compared:
+            self._compare_now(dialogue, count, text)
+            if len(self._compared) < _SHAPES_KEPT:
+                self._compared.add(shape)
+
+    def _compare_now(self, dialogue: Dialogue, count: int, text: str) -> None:
+        """Raise TemplateError unless transformers renders the same text."""
+        for _ in range(2):  # again if midnight fell between the two
+            theirs = self.tokenizer.apply_chat_template(
+                dialogue.plain_messages[:count],
+                tools=dialogue.plain_tools,
+                chat_template=self.source,
+                tokenize=False,
+                **self.options,
             )
-        notes.append(
-            f"nothing ends {'the last turn' if final else 'a turn in the middle'} in the template; its end is not learned"
-        )
-        return 0
-
-    def _whole_tokens(self, prefix: str, text: str) -> str:
-        """``prefix`` of ``text``, shortened if it ends inside an added token of ``text``."""
-        for token in self._added_token.finditer(text):
-            if token.start() < len(prefix) < token.end():
-                return prefix[: token.start()]
-        return prefix
-
-    def _tail(self, messages: Sequence[Message], origin: int, add_generation_prompt: bool = False) -> str:
-        """Text after the content of a message, up to the next message's content."""
-        text = self.render(messages, add_generation_prompt)
-        end = max((span.end for span in text.spans if span.origin == origin), default=len(text))
-        after = min((span.start for span in text.spans if span.start >= end and span.origin != origin), default=len(text))
-        return str.__str__(text)[end:after]
+            if theirs == (text if self.date is None or not self._dated else self._today(dialogue, count)):
+                return
+        raise TemplateError("the conversation renders differently in transformers; please report this template")
 
     @cached_property
+    def _dated(self) -> bool:
+        return "strftime_now" in self.source
+
+    def _today(self, dialogue: Dialogue, count: int) -> str:
+        """The text as of the real day, as transformers makes it."""
+        engine = Engine(self.source, None, self._engine.constants)
+        return engine.plain(dialogue.plain_messages[:count], dialogue.plain_tools, False)
+
+    # ---- tokens
+
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Encoded:
+        """Render, tokenise and mask a conversation; every assistant turn whose weight is above 0 is learned.
+
+        Args:
+            messages: as ``Message`` or as mappings in OpenAI's form.
+            tools: JSON schemas of functions that the model may call.
+
+        Returns:
+            Text, tokens, and a mask with one 0 or 1 for each token, not shifted. A token belongs to the turn in which
+            it begins. The text was compared with transformers' own rendering.
+
+        Raises:
+            TemplateError: the template refuses the conversation, leaves out or mixes turns, or never ends one.
+        """
+        if tools and self._with_tools:
+            return self._with_tools.render(messages, tools)
+        known, schemas = as_messages(messages), tuple(tools or ())
+        rendered = self.rendered(known, schemas)
+        self._compare_now(self._probe.dialogue(known, schemas), len(known), rendered.text)
+        spans = tuple((turn.start, turn.end) for turn in rendered.turns)
+        (tokens,) = self._encoder.encode([Text(rendered.text, spans, rendered.data)])
+        mask = [0] * len(tokens.ids)
+        for start, end in tokens.spans:
+            mask[start:end] = [1] * (end - start)
+        notes = rendered.notes
+        if tokens.joined:
+            notes += ("a token reaches from the prompt into a turn; it is not learned",)
+        return Encoded(rendered.text, tokens.ids.tolist(), mask, Certificate(rendered.turns, bool(rendered.marked), notes))
+
+    def encode_prompt(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids that ask the model for its next turn. Raises TemplateError when the template refuses to."""
+        if tools and self._with_tools:
+            return self._with_tools.encode_prompt(messages, tools)
+        known = as_messages(messages)
+        text = self._probe.dialogue(known, tuple(tools)).trace(len(known), ask=True)
+        data = merged(span for span in text.spans if span.origin != MARK)
+        (tokens,) = self._encoder.encode([Text(str.__str__(text), (), data)])
+        return list(tokens.ids.tolist())
+
+    # ---- what is known of the template
+
+    @property
     def generation_prompt(self) -> str:
-        """What the template appends when asked to prompt for a reply."""
-        asked, unasked = self._tail(_PROBE[:1], 0, True), self._tail(_PROBE[:1], 0)
-        return asked[len(self._whole_tokens(_common_prefix(asked, unasked), asked)) :]
+        """What the template appends when asked to prompt for a reply. Raises TemplateError."""
+        return self._probe.generation_prompt
 
-    @cached_property
+    @property
     def turn_ending(self) -> str:
-        """What the template writes after the content of a final assistant turn."""
-        ending = self._tail(_PROBE[:2], 1)
-        if not self.generation_prompt:  # the template may prompt for the next reply without being asked
-            shared = self._whole_tokens(_common_prefix(ending, self._tail(_PROBE, 1)), ending)
-            ending = shared if self._added_token.search(shared) else ending
-            opening = self._opening_token()
-            ending = ending.partition(opening)[0] if opening else ending
-        return ending
-
-    def _opening_token(self) -> str | None:
-        """The added token, not the beginning of the text, with which the template opens its first turn."""
-        text = self.render(_PROBE[:1])
-        first = min((span.start for span in text.spans), default=0)
-        tokens = [t for t in self._added_token.findall(str.__str__(text)[:first]) if t != self.tokenizer.bos_token]
-        return tokens[0] if tokens else None
-
-    @cached_property
-    def _ends_turns_midway(self) -> bool:
-        return self._added_token.match(self._tail(_PROBE, 1).lstrip()) is not None
+        """What the template writes after the content of a final assistant turn. Raises TemplateError."""
+        return self._probe.turn_ending
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a turn: the one that is learned, and the tokenizer's end of sequence."""
-        tokens = self._added_token.findall(self.turn_ending)
-        tokens = tokens[-1:] or self._added_token.findall(self._tail(_PROBE, 1))[:1]
-        ids = {self.tokenizer.convert_tokens_to_ids(token) for token in tokens if token != self.tokenizer.bos_token}
+        """Ids of the tokens that end a turn: those that are learned, also after a tool call, and the end of sequence."""
+        ids = {self.tokenizer.convert_tokens_to_ids(token) for token in self._probe.end_tokens}
         return tuple(sorted(ids | ({self.tokenizer.eos_token_id} - {None})))
 
-    def check_against_library(self, messages: Sequence[Message]) -> None:
-        """Raise TemplateError unless our rendering equals ``apply_chat_template`` for this conversation."""
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        theirs = self.tokenizer.apply_chat_template(plain, tokenize=False)
-        if "strftime_now" not in self._template.source and self.render(messages) != theirs:
-            raise TemplateError("the conversation renders differently in transformers; please report this template")
 
-    def encode(self, texts: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokenise rendered conversations.
-
-        Returns:
-            For each, ``input_ids`` and ``labels`` (int32 ``[L]``), labels not shifted, unsupervised tokens
-            ``IGNORE_INDEX``. A token belongs to the span in which it begins.
-        """
-        encoded = self._encoder.encode([Text(r.text, r.spans, r.data) for r in texts])
-        pairs = []
-        for tokens in encoded:
-            labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int32)
-            for begin, end in tokens.spans:
-                labels[begin:end] = tokens.ids[begin:end]
-            pairs.append((tokens.ids, labels))
-        return pairs
-
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids that ask the model for its next turn."""
-        text = self.render(messages, add_generation_prompt=True)
-        (tokens,) = self._encoder.encode([Text(str.__str__(text), data=_data(text))])
-        return tokens.ids.tolist()
-
-
-def _common_prefix(one: str, other: str) -> str:
-    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _data(text: TracedStr) -> tuple[tuple[int, int], ...]:
-    """Character ranges that come from messages."""
-    return tuple((span.start, span.end) for span in text.spans if span.origin != MARK)
-
-
-def _content(text: TracedStr, spans: Sequence[Span]) -> str:
-    return "".join(str.__getitem__(text, slice(span.start, span.end)) for span in spans)
+def _learned(messages: Sequence[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message.role == "assistant" and message.weight > 0]

@@ -1,4 +1,4 @@
-"""Strings that remember where their characters come from, and a Jinja environment that keeps the memory.
+"""Strings that remember where their characters come from.
 
 A chat template is rendered with message texts as ``TracedStr``. Whatever the template does with them (slicing,
 trimming, splitting, joining, macros, ``~``, ``+``), the characters of the result that come from a message still say
@@ -7,23 +7,16 @@ so. That is how a loss mask is derived for any template without marks in it.
 
 from __future__ import annotations
 
-import json
 import operator
-import time
-from collections.abc import Iterable, Iterator
-from datetime import datetime
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, SupportsIndex
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import markupsafe
 
 MARK = -1
 """Origin of text inside ``{% generation %}``."""
+TOOLS = -2
+"""Origin of the descriptions of tools."""
 
 
 class Span(NamedTuple):
@@ -176,12 +169,53 @@ def _append(spans: list[Span], new: Span) -> None:
     spans.append(new)
 
 
+class TracedMarkup(TracedStr):
+    """Text that ``safe`` or ``escape`` made; what is added to it is escaped, as ``markupsafe`` does it."""
+
+    __slots__ = ()
+
+    def __html__(self) -> TracedMarkup:
+        return self
+
+    def __add__(self, other: str) -> TracedMarkup:
+        return TracedMarkup.made(join("", (self, escape(other)))) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> TracedMarkup:
+        return TracedMarkup.made(join("", (escape(other), self))) if isinstance(other, str) else NotImplemented
+
+    @classmethod
+    def made(cls, text: str) -> TracedMarkup:
+        """A text as markup."""
+        return cls(str.__str__(text), text.spans if isinstance(text, TracedStr) else ())
+
+
+_ENTITIES = {"&": "&amp;", ">": "&gt;", "<": "&lt;", "'": "&#39;", '"': "&#34;"}
+
+
+def escape(value: Any) -> TracedMarkup:
+    """``markupsafe.escape`` that keeps the trace."""
+    text = as_text(value)
+    if isinstance(text, TracedMarkup):
+        return text
+    if not isinstance(text, TracedStr):
+        return TracedMarkup.made(str(markupsafe.escape(text)))
+    pieces = []
+    for piece in text:
+        entity = _ENTITIES.get(str.__str__(piece))
+        spans = piece.spans[0] if piece.spans else None
+        if entity and spans:
+            pieces.append(TracedStr(entity, [Span(0, len(entity), spans.origin, -1)]))
+        else:
+            pieces.append(TracedStr(entity) if entity else piece)
+    return TracedMarkup.made(join("", pieces))
+
+
 def trace(value: Any, origin: int) -> Any:
-    """A copy of plain data in which every text (not the keys) comes from ``origin``."""
+    """A copy of plain data in which every text, also a key, comes from ``origin``."""
     if isinstance(value, str):
         return TracedStr.of(value, origin)
-    if isinstance(value, dict):
-        return {key: trace(item, origin) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {trace(key, origin): trace(item, origin) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [trace(item, origin) for item in value]
     return value
@@ -189,107 +223,25 @@ def trace(value: Any, origin: int) -> Any:
 
 def origins(value: Any) -> set[int]:
     """All origins found in plain data."""
-    if isinstance(value, TracedStr):
-        return {span.origin for span in value.spans}
-    if isinstance(value, dict):
-        return set().union(*(origins(item) for pair in value.items() for item in pair), set())
-    if isinstance(value, list | tuple):
-        return set().union(*(origins(item) for item in value), set())
-    return set()
+    return {span.origin for text in texts_of(value) if isinstance(text, TracedStr) for span in text.spans}
 
 
-class RenderLimit(jinja2.TemplateError):
-    """The template produces too much text or takes too long."""
+def texts_of(value: Any, sort_keys: bool = False) -> Iterator[str]:
+    """All texts of plain data, in the order in which JSON writes them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value) if sort_keys else value:
+            yield from texts_of(key)
+            yield from texts_of(value[key], sort_keys)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_of(item, sort_keys)
 
 
-class _Generation(Extension):
-    """``{% generation %}...{% endgeneration %}``: what it encloses is marked."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Macro) -> TracedStr:
-        text = join("", [caller()])
-        whole = [Span(0, len(text), MARK, 0)] if text else []
-        return TracedStr(text, [*whole, *text.spans])
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> TracedStr:
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    found = origins(value)
-    return TracedStr(text, [Span(0, len(text), found.pop(), -1)] if len(found) == 1 else ())
-
-
-def _join_filter(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> TracedStr:
-    items = value if attribute is None else [item[attribute] for item in value]
-    return join(d, [item if isinstance(item, str) else str(item) for item in items])
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _concatenate(parts: Iterable[Any]) -> TracedStr:
-    return join("", [part if isinstance(part, str) else str(part) for part in parts])
-
-
-class TracingEnvironment(ImmutableSandboxedEnvironment):
-    """Transformers' template sandbox, with operations that keep the trace."""
-
-    concat = staticmethod(_concatenate)
-
-    def __init__(self, date: str | None = None) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters["tojson"] = _tojson
-        self.filters["join"] = _join_filter
-        self.filters["safe"] = lambda value: value
-        self.globals["raise_exception"] = _raise
-        today = datetime.fromisoformat(date) if date else None
-        self.globals["strftime_now"] = lambda layout: (today or datetime.now()).strftime(layout)
-
-
-class TracedTemplate:
-    """A compiled chat template.
-
-    Args:
-        source: the Jinja text.
-        date: what ``strftime_now`` takes for today (ISO format); the real day if None.
-        max_chars: refuse to render more than that.
-        max_seconds: stop rendering after that.
-    """
-
-    def __init__(self, source: str, date: str | None = None, max_chars: int = 16 << 20, max_seconds: float = 10.0) -> None:
-        self.source = source
-        self.max_chars = max_chars
-        self.max_seconds = max_seconds
-        self._template = _compile(source, date)
-
-    def render(self, **variables: Any) -> TracedStr:
-        """Render. Raises what Jinja raises, and ``RenderLimit``."""
-        template = self._template
-        deadline = time.monotonic() + self.max_seconds
-        pieces: list[str] = []
-        length = 0
-        for piece in template.root_render_func(template.new_context(variables)):
-            pieces.append(piece)
-            length += len(piece)
-            if length > self.max_chars:
-                raise RenderLimit(f"renders more than {self.max_chars:,} characters")
-            if time.monotonic() > deadline:
-                raise RenderLimit(f"renders longer than {self.max_seconds:g} s")
-        return join("", pieces)
-
-
-@lru_cache(maxsize=256)
-def _compile(source: str, date: str | None) -> jinja2.Template:
-    template = TracingEnvironment(date).from_string(source)
-    namespace = template.root_render_func.__globals__
-    namespace["str_join"] = _concatenate  # the ~ operator
-    namespace["markup_join"] = _concatenate
-    return template
+def as_text(value: Any) -> str:
+    """``str(value)``; where all text in a list or mapping is of one origin, so is what Python writes for it."""
+    if isinstance(value, str):
+        return value
+    text, found = str(value), origins(value)
+    return TracedStr(text, [Span(0, len(text), found.pop(), -1)]) if len(found) == 1 else text
