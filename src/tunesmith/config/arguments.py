@@ -76,32 +76,50 @@ class ModelArguments(Arguments):
 
 
 class DatasetAttr(Arguments):
-    """One data set of ``dataset_info.json``."""
+    """One data set: an entry of ``dataset_info.json``, or a path given in its place."""
 
-    dataset_name: str = Field(description="Name under which dataset_info.json lists it.")
-    load_from: Literal["file"] = Field("file", description="Where it comes from: a local file.")
-    file_name: str | None = Field(None, min_length=1, description="File (.json, .jsonl, .txt) inside dataset_dir.")
+    dataset_name: str = Field(description="Name under which dataset_info.json lists it, or the path given instead.")
+    load_from: Literal["file", "hf_hub", "ms_hub"] = Field("file", description="A local file or folder, or a hub.")
+    file_name: str | None = Field(None, min_length=1, description="File or folder inside dataset_dir.")
+    inline: bool = Field(False, description="The path was given in the configuration; it may lie anywhere.")
+    hub_url: str | None = Field(None, min_length=1, description="Name on the hub (org/name).")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    subset: str | None = Field(None, description="Configuration of a hub set.")
+    split: str = Field("train", description="Split of a hub set or of a folder in the hub's layout.")
+    folder: str | None = Field(None, description="Folder inside a hub set.")
     dataset_sha1: str | None = Field(None, pattern="^[0-9a-fA-F]{40}$", description="SHA-1 that the file must have.")
-    formatting: Literal["alpaca", "sharegpt"] = Field("alpaca", description="Layout of a row.")
+    dataset_sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$", description="SHA-256 that the file must have.")
+    formatting: Literal["auto", "alpaca", "sharegpt", "openai", "text"] = Field(
+        "alpaca", description="Layout of a row; auto: found from the rows."
+    )
+    ranking: bool = Field(False, description="Rows hold two answers, the better one and the worse one.")
     num_samples: int | None = Field(None, gt=0, description="Draw that many rows (seeded; repeated if there are fewer).")
     source_prefix: str = Field("", description="Text put before the first user turn of every row.")
-    prompt_column: str | None = Field("instruction", description="Alpaca: the question. Stage pt: the text.")
+    prompt_column: str | None = Field("instruction", description="Alpaca: the question. Text: the text.")
     query_column: str | None = Field("input", description="Alpaca: text that follows the question.")
-    response_column: str | None = Field("output", description="Alpaca: the answer.")
+    response_column: str | None = Field("output", description="Alpaca: the answer; with ranking, the two answers.")
     history_column: str | None = Field(None, description="Alpaca: earlier [question, answer] pairs.")
     system_column: str | None = Field(None, description="The system message, if the rows have one.")
-    messages_column: str | None = Field("conversations", description="Sharegpt: the list of turns.")
+    messages_column: str | None = Field("conversations", description="Sharegpt, openai: the list of turns.")
+    tools_column: str | None = Field(None, description="Functions that the model may call, as JSON.")
+    chosen_column: str | None = Field(None, description="Ranking: the better answer.")
+    rejected_column: str | None = Field(None, description="Ranking: the worse answer.")
+    kto_tag_column: str | None = Field(None, description="Whether the answer is good (true) or bad (false).")
     role_tag: str = Field("from", description="Key of a turn's speaker.")
     content_tag: str = Field("value", description="Key of a turn's text.")
     user_tag: str = Field("human", description="Speaker name of the user.")
     assistant_tag: str = Field("gpt", description="Speaker name of the model.")
+    observation_tag: str = Field("observation", description="Speaker name of a tool that answers.")
+    function_tag: str = Field("function_call", description="Speaker name of the model when it calls a tool.")
     system_tag: str = Field("system", description="Speaker name of a system turn.")
 
 
 class DataArguments(Arguments):
     """Which rows are trained on, and how they become tokens."""
 
-    dataset: NameList = Field((), description="Names in dataset_info.json, in order, separated by commas.")
+    dataset: NameList = Field(
+        (), description="Names in dataset_info.json, or hub sets (hf:org/name, ms:org/name), in order, separated by commas."
+    )
     eval_dataset: NameList = Field((), description="Names in dataset_info.json to evaluate on.")
     dataset_dir: str = Field("data", description="Folder that holds dataset_info.json and the files it names.")
     template: Literal["auto"] = Field("auto", description="auto: the tokenizer's own chat template.")

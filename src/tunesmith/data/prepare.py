@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from tunesmith.config.arguments import DataArguments, RunConfig
+from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.data.blocks import documents_to_blocks
 from tunesmith.data.convert import RowProblem, check_columns, convert_document, convert_row
+from tunesmith.data.problem import BadRow
 from tunesmith.data.registry import load_attrs
-from tunesmith.data.source import read_rows
+from tunesmith.data.source import RawRow, read_rows
 from tunesmith.data.template import ChatTemplate, Rendered
 from tunesmith.data.tokenize import Text, TextEncoder, Tokens
 from tunesmith.errors import DataError, TemplateError
@@ -105,7 +107,7 @@ def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport
     missing = [f"{{{{{key}}}}}" for key, value in pairs if value is None]
     conversations = []
     for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
-        rows = read_rows(attr, args.dataset_dir, args.max_samples, seed)
+        rows = _read(attr, args, seed)
         check_columns(rows, attr)
         for row, source in rows:
             report.read += 1
@@ -165,6 +167,57 @@ def preprocess_data(
     return examples
 
 
+def _read(attr: DatasetAttr, args: DataArguments, seed: int) -> list[RawRow]:
+    """The rows of one set, drawn and limited as asked. Raises DataError with every row that cannot be read."""
+    _refuse_unsupported(attr)
+    limit = args.max_samples if attr.num_samples is None else None
+    rows: list[RawRow] = []
+    bad: list[BadRow] = []
+    for row in read_rows(attr, args.dataset_dir, limit=limit):
+        if isinstance(row, BadRow):
+            bad.append(row)
+        else:
+            rows.append(row)
+    if bad:
+        shown = "\n  ".join(_describe(row) for row in bad[:_SHOWN])
+        more = f"\n  and {len(bad) - _SHOWN:,} more" if len(bad) > _SHOWN else ""
+        raise DataError(
+            f"{attr.dataset_name!r}: {len(bad):,} of {len(bad) + len(rows):,} rows cannot be read:\n  {shown}{more}"
+        )
+    if attr.num_samples is None:
+        return rows
+    return _draw(rows, attr.num_samples, seed)[: args.max_samples]
+
+
+def _refuse_unsupported(attr: DatasetAttr) -> None:
+    reasons = {
+        "ranking: preference pairs; the stages here learn one answer a row": attr.ranking,
+        "a kto_tag column: feedback; the stages here learn every answer": attr.kto_tag_column is not None,
+        "a chosen or rejected column: preference pairs": bool(attr.chosen_column or attr.rejected_column),
+        "a tools column: tool calls cannot be read from rows yet": attr.tools_column is not None,
+        f"formatting {attr.formatting}": attr.formatting not in ("alpaca", "sharegpt", "text"),
+    }
+    found = [reason for reason, given in reasons.items() if given]
+    if found:
+        raise DataError(f"data set {attr.dataset_name!r}: {found[0]} - not supported in this version")
+
+
+def _describe(row: BadRow) -> str:
+    source, problem = row
+    column = f":{problem.column}" if problem.column is not None else ""
+    place = f"{source.file}:{source.line}{column}" if source.line else f"{source.file} row {source.row}{column}"
+    return f"{place}  {problem.message}{'. ' + problem.fix if problem.fix else ''}"
+
+
+def _draw(rows: list[RawRow], count: int, seed: int) -> list[RawRow]:
+    """``count`` rows in a seeded order; the set is repeated when it has fewer."""
+    generator = random.Random(seed)
+    drawn: list[RawRow] = []
+    while len(drawn) < count:
+        drawn.extend(generator.sample(rows, min(len(rows), count - len(drawn))))
+    return drawn
+
+
 def prepare_documents(args: DataArguments, names: tuple[str, ...], report: DataReport, seed: int = 42) -> list[Document]:
     """Read data sets of plain text, one after the other; a row is a document.
 
@@ -173,7 +226,7 @@ def prepare_documents(args: DataArguments, names: tuple[str, ...], report: DataR
     """
     documents = []
     for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
-        for row, source in read_rows(attr, args.dataset_dir, args.max_samples, seed):
+        for row, source in _read(attr, args, seed):
             report.read += 1
             try:
                 documents.append(convert_document(row, attr, source))

@@ -1,45 +1,70 @@
-"""Reads the user's files row by row, with the exact place of whatever is wrong."""
+"""Raw rows of a data set, from wherever it lies, each with its place."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.config.arguments import DatasetAttr
-from tunesmith.data.registry import resolve_file
+from tunesmith.data import hub
+from tunesmith.data.files import folder_files, read_file
+from tunesmith.data.json_rows import Item
+from tunesmith.data.problem import BadRow, RowProblem
+from tunesmith.data.registry import check_file_name
 from tunesmith.errors import DataError
 from tunesmith.types import Source
 
-Row = tuple[dict[str, Any], Source]
+_Part = tuple[str, Callable[[int], Iterator[Item | None]]]
 
 
-def read_rows(attr: DatasetAttr, dataset_dir: str, max_samples: int | None = None, seed: int = 42) -> list[Row]:
-    """All rows of one data set as (columns, source).
+class RawRow(NamedTuple):
+    """A row as the file has it.
+
+    Attributes:
+        columns: name -> value.
+        source: where it stands.
+    """
+
+    columns: dict[str, Any]
+    source: Source
+
+
+def read_rows(attr: DatasetAttr, dataset_dir: str, skip: int = 0, limit: int | None = None) -> Iterator[RawRow | BadRow]:
+    """Rows of a data set, one after the other; memory does not grow with their number.
+
+    The files are looked up, checked and, from a hub, fetched at the call; they are read as the rows are taken.
+
+    Args:
+        attr: the data set.
+        dataset_dir: what ``file_name`` is relative to.
+        skip: that many rows are passed over, unparsed where the format allows it; later rows keep their numbers.
+        limit: rows of which the last one given is the ``limit``-th of the set, the skipped and the bad ones counted.
+
+    Returns:
+        An iterator; ``BadRow`` for a row that cannot be read.
 
     Raises:
-        DataError: missing file, wrong hash, wrong encoding, invalid JSON (file:line:column), a row that is no object.
+        DataError: the set cannot be read at all: missing, outside ``dataset_dir``, wrong hash, wrong encoding, a broken
+            JSON array, a damaged file, no rows. Some of these show only when the rows are taken.
     """
-    path = resolve_file(attr, dataset_dir)
-    _check_sha1(attr, path)
-    rows = list(_iter_file(path, attr.dataset_name))
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    if attr.num_samples is not None:
-        rows = _draw(rows, attr.num_samples, seed)
-    return rows[:max_samples] if max_samples is not None else rows
+    layout = _layout(attr, dataset_dir)
+    files = _checked_files(attr, dataset_dir, layout)
+    parts: list[_Part] = [(str(file), partial(read_file, file)) for file in files]
+    if layout is not None:
+        parts = [(layout.label, layout.rows)]
+    return _label_rows(attr, parts, skip, limit)
 
 
-def _draw(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """``count`` rows in a seeded order; the set is repeated when it has fewer."""
-    generator = random.Random(seed)
-    drawn: list[Row] = []
-    while len(drawn) < count:
-        drawn.extend(generator.sample(rows, min(len(rows), count - len(drawn))))
-    return drawn
+def data_files(attr: DatasetAttr, dataset_dir: str) -> list[Path]:
+    """The files behind a data set, in the order in which they are read. A hub set is fetched.
+
+    Raises:
+        DataError: missing, outside ``dataset_dir``, wrong hash, or a folder that cannot be read.
+    """
+    return _checked_files(attr, dataset_dir, _layout(attr, dataset_dir))
 
 
 def file_sha(path: Path, algorithm: str = "sha256") -> str:
@@ -48,102 +73,89 @@ def file_sha(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _check_sha1(attr: DatasetAttr, path: Path) -> None:
-    if attr.dataset_sha1 is None:
+# ---- rows with their places
+
+
+def _label_rows(attr: DatasetAttr, parts: Sequence[_Part], skip: int, limit: int | None) -> Iterator[RawRow | BadRow]:
+    passed = 0
+    if limit is not None and limit <= skip:
         return
-    found = file_sha(path, "sha1")
-    if found != attr.dataset_sha1.lower():
+    for file, read in parts:
+        for row, item in enumerate(read(max(skip - passed, 0)), 1):
+            passed += 1
+            if item is not None:
+                line, content = item
+                source = Source(attr.dataset_name, file, row, line)
+                yield BadRow(source, content) if isinstance(content, RowProblem) else RawRow(content, source)
+            if passed == limit:
+                return
+    if not passed:
+        raise DataError(f"data set {attr.dataset_name!r}: {parts[0][0]} holds no rows; give a file with at least one")
+
+
+# ---- files
+
+
+def _layout(attr: DatasetAttr, dataset_dir: str) -> hub.Layout | None:
+    """The set as ``datasets`` sees it: one of a hub, or a folder of which a split, subset or inner folder is asked for."""
+    if attr.load_from != "file":
+        return hub.open_layout(hub.fetch(attr), attr, f"{hub.PREFIX[attr.load_from]}{attr.hub_url}")
+    path = _locate(attr, dataset_dir)
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    asked = attr.subset or attr.folder or "split" in attr.model_fields_set
+    return hub.open_layout(path, attr, str(path)) if path.is_dir() and asked and not saved else None
+
+
+def _checked_files(attr: DatasetAttr, dataset_dir: str, layout: hub.Layout | None) -> list[Path]:
+    if layout is not None:
+        files = layout.files
+    else:
+        path = _locate(attr, dataset_dir)
+        files = folder_files(path, attr.split) if path.is_dir() else [path]
+        if attr.subset or attr.folder or (attr.split != "train" and not path.is_dir()):
+            raise DataError(
+                f"data set {attr.dataset_name!r}: {path} has no subset, split or folder to choose from; remove these keys"
+            )
+        for file in files:
+            _check_inside(attr, file, dataset_dir)
+    _check_hashes(attr, files)
+    return files
+
+
+def _locate(attr: DatasetAttr, dataset_dir: str) -> Path:
+    """The file or folder that the set names."""
+    if attr.file_name is None:
+        raise DataError(f"data set {attr.dataset_name!r}: names no file; set file_name")
+    if not attr.inline:
+        check_file_name(attr.file_name, f"data set {attr.dataset_name!r}")
+    path = Path(attr.file_name) if attr.inline else Path(dataset_dir) / attr.file_name
+    _check_inside(attr, path, dataset_dir)
+    if not path.exists():
+        raise DataError(f"data set {attr.dataset_name!r}: no such file or folder: {path}; correct file_name or dataset_dir")
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"data set {attr.dataset_name!r}: {path} is neither a file nor a folder; copy its content to a file")
+    return path
+
+
+def _check_inside(attr: DatasetAttr, path: Path, dataset_dir: str) -> None:
+    if not attr.inline and not path.resolve().is_relative_to(Path(dataset_dir).resolve()):
         raise DataError(
-            f"{path}: its SHA-1 is {found}, but dataset_info.json says {attr.dataset_sha1}; "
-            "fetch the file again, or correct the hash if the change is meant"
+            f"data set {attr.dataset_name!r}: {path} is a link that leaves dataset_dir {dataset_dir!r}; expected a file inside "
+            "it. To read a file from elsewhere, give its path as dataset in the configuration"
         )
 
 
-def read_text(path: Path) -> str:
-    """A text file as str, without a byte-order mark. Raises DataError with a hint when it is not UTF-8."""
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}: looks like UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        try:
-            data.decode("gb18030")
-            hint = "it reads as GBK; save it as UTF-8 (iconv -f GB18030 -t UTF-8)"
-        except UnicodeDecodeError:
-            hint = "save the file as UTF-8"
-        raise DataError(f"{path}:{line}  not UTF-8 (byte {error.start}): {hint}") from None
-
-
-def _iter_file(path: Path, dataset: str) -> Iterator[Row]:
-    if path.suffix not in (".json", ".jsonl", ".txt"):
-        raise DataError(
-            f"{path}: files ending in {path.suffix or '(nothing)'} are not read in this version; use .json, .jsonl or .txt"
-        )
-    text = read_text(path)
-    if path.suffix == ".txt":
-        filled = ((at, content) for at, content in enumerate(text.split("\n"), 1) if content.strip())
-        for row, (at, content) in enumerate(filled, 1):
-            yield {"text": content.removesuffix("\r")}, Source(dataset, str(path), row, at)
-        return
-    rows = _iter_array(text, path) if path.suffix == ".json" and text.lstrip()[:1] == "[" else _iter_lines(text, path)
-    for number, (value, line) in enumerate(rows, 1):
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{line}  row {number}: expected an object of columns, found {type(value).__name__}")
-        yield value, Source(dataset, str(path), number, line)
-
-
-def _iter_lines(text: str, path: Path) -> Iterator[tuple[Any, int]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line), number
-            except json.JSONDecodeError as error:
-                raise _bad_json(path, number, error.pos + 1, error.msg, line) from None
-            except RecursionError:
-                raise DataError(f"{path}:{number}  nested too deeply") from None
-
-
-def _iter_array(text: str, path: Path) -> Iterator[tuple[Any, int]]:
-    decoder = json.JSONDecoder()
-    position = text.index("[") + 1
-    line, counted = 1, 0
-    while True:
-        position = _skip_space(text, position)
-        line += text.count("\n", counted, position)
-        counted = position
-        if text[position : position + 1] == "]":
-            if text[:position].rstrip().endswith(","):
-                raise _bad_json(path, line, 1, "a comma after the last row", text[max(position - 40, 0) : position + 1])
-            if rest := text[position + 1 :].strip():
-                number = text.count("\n", 0, _skip_space(text, position + 1)) + 1
-                raise _bad_json(path, number, 1, "text after the end of the array", rest)
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            near = text[max(error.pos - 40, 0) : error.pos + 20]
-            raise _bad_json(path, error.lineno, error.colno, error.msg, near) from None
-        except RecursionError:
-            raise DataError(f"{path}:{line}  nested too deeply") from None
-        yield value, line
-        position = _skip_space(text, position)
-        if text[position : position + 1] == ",":
-            position += 1
-        elif text[position : position + 1] != "]":
-            number = text.count("\n", 0, position) + 1
-            column = position - text.rfind("\n", 0, position)
-            raise _bad_json(path, number, column, "expected ',' or ']' after a row", text[position : position + 40])
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\t", "\n", "\r"):
-        position += 1
-    return position
-
-
-def _bad_json(path: Path, line: int, column: int, reason: str, near: str) -> DataError:
-    shown = near.strip()
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return DataError(f"{path}:{line}:{column}  not valid JSON: {reason}. Near: {shown!r}")
+def _check_hashes(attr: DatasetAttr, files: Sequence[Path]) -> None:
+    for algorithm, wanted in (("sha1", attr.dataset_sha1), ("sha256", attr.dataset_sha256)):
+        if wanted is None:
+            continue
+        if len(files) != 1:
+            raise DataError(
+                f"data set {attr.dataset_name!r}: has {len(files)} files, but dataset_{algorithm} is the hash of one; remove it"
+            )
+        found = file_sha(files[0], algorithm)
+        if found != wanted.lower():
+            raise DataError(
+                f"{files[0]}: its {algorithm} is {found}, but dataset_info.json says {wanted.lower()}; "
+                "fetch the file again, or correct the hash if the change is meant"
+            )
