@@ -47,8 +47,13 @@ def test_no_row_is_lost_and_no_pack_overfull() -> None:
 def test_time_grows_with_n_log_n() -> None:
     rng = random.Random(2)
     lengths = [rng.randint(1, 2048) for _ in range(40_000)]
-    began = time.perf_counter()
-    pack(lengths[:10_000], 2048)
-    middle = time.perf_counter()
-    pack(lengths, 2048)
-    assert time.perf_counter() - middle < 12 * (middle - began)
+
+    def best(rows: list[int]) -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            pack(rows, 2048)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    assert best(lengths) < 10 * best(lengths[:10_000])

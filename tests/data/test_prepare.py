@@ -31,8 +31,8 @@ def test_every_row_is_accounted_for(tiny_model: Path, tmp_path: Path) -> None:
     assert report.read == 10
     assert report.kept == len(examples) == 7
     assert {r: [s.row for s in v] for r, v in report.dropped.items()} == {
-        "empty assistant turn": [3],
-        "instruction is a number, expected text": [6],
+        "the answer, column 'output', is empty": [3],
+        "column 'instruction' is a number, expected text": [6],
         "no answer token within cutoff_len 200": [9],
     }
     assert [s.row for s in report.cut] == [8]

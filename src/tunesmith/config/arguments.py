@@ -118,7 +118,7 @@ class DataArguments(Arguments):
     """Which rows are trained on, and how they become tokens."""
 
     dataset: NameList = Field(
-        (), description="Names in dataset_info.json, or hub sets (hf:org/name, ms:org/name), in order, separated by commas."
+        (), description="Names in dataset_info.json, paths of files, or hub sets (hf:org/name), in order, separated by commas."
     )
     eval_dataset: NameList = Field((), description="Names in dataset_info.json to evaluate on.")
     dataset_dir: str = Field("data", description="Folder that holds dataset_info.json and the files it names.")

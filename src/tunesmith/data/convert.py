@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data.chat import Keys, filled, keys_of, read_tools, read_turns
+from tunesmith.data.problem import RowProblem
+from tunesmith.data.values import text, type_name
 from tunesmith.errors import DataError
-from tunesmith.types import Conversation, Document, Message, Role, Source
-
-
-class RowProblem(Exception):
-    """A row that cannot be trained on; its text is the reason, counted and reported, never silent."""
+from tunesmith.types import Conversation, Document, Message, Source, Tools
 
 
 def convert_row(
@@ -21,7 +21,7 @@ def convert_row(
     default_system: str | None = None,
     placeholders: Mapping[str, str] | None = None,
 ) -> Conversation:
-    """Turn one row into a conversation.
+    """Turn one row into a conversation. The order of its turns is left to the chat template.
 
     Args:
         row: the columns as read.
@@ -34,19 +34,16 @@ def convert_row(
         DataError: a column that the data set declares is missing.
         RowProblem: the row is empty or malformed.
     """
-    messages = _alpaca(row, attr, source) if attr.formatting == "alpaca" else _sharegpt(row, attr, source)
+    messages = _alpaca(row, attr, source) if attr.formatting == "alpaca" else _chat(row, attr, source, keys_of(attr))
     if default_system is not None and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", default_system))
-    if not any(m.role == "assistant" for m in messages):
-        raise RowProblem("no assistant turn")
-    if any(m.role == "assistant" and not m.content.strip() for m in messages):
-        raise RowProblem("empty assistant turn")
-    _check_order(messages)
+    if not any(m.role == "assistant" and m.weight > 0 for m in messages):
+        raise RowProblem("no-answer", "no assistant turn to learn", "Add an answer, or leave the row out.")
     if attr.source_prefix:
         messages = _with_prefix(messages, attr.source_prefix)
     if placeholders:
-        messages = [Message(m.role, fill(m.content, placeholders)) for m in messages]
-    return Conversation(tuple(messages), source)
+        messages = [replace(m, content=fill(m.content, placeholders)) for m in messages]
+    return Conversation(tuple(messages), source, _tools(row, attr))
 
 
 def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> Document:
@@ -56,17 +53,28 @@ def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) 
         DataError: the column is missing.
         RowProblem: it is empty or no text.
     """
-    plain = source.file.endswith(".txt")
+    plain = source.file.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
     name = "text" if plain or attr.prompt_column is None else attr.prompt_column
-    text = _text(_column(row, name, "text", source), name)
-    if not text.strip():
-        raise RowProblem("empty text")
-    return Document(text, source)
+    content = text(_column(row, name, "text", source), "column", name)
+    return Document(filled(content, "empty-text", f"column {name!r} is empty"), source)
+
+
+def alternates(messages: Sequence[Message]) -> bool:
+    """Whether user and assistant speak by turns, the user first; system turns aside, tools within the assistant's turn."""
+    expected = "user"
+    for message in messages:
+        if message.role in ("system", "developer", "tool"):
+            expected = "assistant" if message.role == "tool" else expected
+        elif message.role != expected:
+            return False
+        else:
+            expected = "assistant" if message.role == "user" else "user"
+    return True
 
 
 def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: DatasetAttr) -> None:
     """Raise DataError when a column that the data set declares is in none of its rows: a misspelt name, most likely."""
-    for field in ("query_column", "history_column", "system_column"):
+    for field in ("query_column", "history_column", "system_column", "tools_column"):
         name = getattr(attr, field)
         if name and field in attr.model_fields_set and not any(name in row for row, _ in rows):
             found = ", ".join(map(repr, list(rows[0][0])[:8]))
@@ -76,32 +84,19 @@ def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: Datase
             )
 
 
-def fill(text: str, placeholders: Mapping[str, str]) -> str:
-    """Replace each ``{{key}}`` of ``placeholders`` in ``text``."""
-    if "{{" in text:
+def fill(content: str, placeholders: Mapping[str, str]) -> str:
+    """Replace each ``{{key}}`` of ``placeholders`` in ``content``."""
+    if "{{" in content:
         for key, value in placeholders.items():
-            text = text.replace("{{" + key + "}}", value)
-    return text
-
-
-def _check_order(messages: Sequence[Message]) -> None:
-    """System first or not at all, then user and assistant by turns."""
-    expected = "user"
-    for number, message in enumerate(messages, 1):
-        if message.role == "system":
-            if number > 1:
-                raise RowProblem("a system turn that is not the first")
-        elif message.role != expected:
-            raise RowProblem(f"turn {number} is by the {message.role}, expected the {expected}")
-        else:
-            expected = "assistant" if message.role == "user" else "user"
+            content = content.replace("{{" + key + "}}", value)
+    return content
 
 
 def _with_prefix(messages: list[Message], prefix: str) -> list[Message]:
     first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
     if first is None:
-        raise RowProblem("no user turn to put source_prefix before")
-    messages[first] = Message("user", prefix + messages[first].content)
+        raise RowProblem("no-prompt", "no user turn to put source_prefix before", "Add one, or drop source_prefix.")
+    messages[first] = replace(messages[first], content=prefix + messages[first].content)
     return messages
 
 
@@ -115,67 +110,50 @@ def _column(row: Mapping[str, Any], name: str, what: str, source: Source) -> Any
     return row[name]
 
 
-def _text(value: Any, what: str) -> str:
-    if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise RowProblem(f"{what} holds a NUL character or half of a surrogate pair")
-        return value
-    if value is None:
-        return ""
-    raise RowProblem(f"{what} is {_type_name(value)}, expected text")
+def _system(row: Mapping[str, Any], attr: DatasetAttr) -> list[Message]:
+    if attr.system_column is None or not row.get(attr.system_column):
+        return []
+    return [Message("system", text(row[attr.system_column], "column", attr.system_column))]
 
 
-def _type_name(value: Any) -> str:
-    return {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "true/false"}.get(
-        type(value), type(value).__name__
-    )
+def _tools(row: Mapping[str, Any], attr: DatasetAttr) -> Tools:
+    return read_tools(row.get(attr.tools_column), attr.tools_column) if attr.tools_column else ()
 
 
 def _alpaca(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[Message]:
     if attr.prompt_column is None or attr.response_column is None:
         raise DataError(f"data set {source.dataset!r}: columns must name prompt and response for the alpaca layout")
-    prompt = _text(_column(row, attr.prompt_column, "prompt", source), attr.prompt_column)
-    response = _text(_column(row, attr.response_column, "response", source), attr.response_column)
-    query = _text(row.get(attr.query_column), attr.query_column) if attr.query_column else ""
-    messages: list[Message] = []
-    if attr.system_column and row.get(attr.system_column):
-        messages.append(Message("system", _text(row[attr.system_column], attr.system_column)))
-    messages.extend(_history(row.get(attr.history_column)) if attr.history_column else [])
-    question = "\n".join(part for part in (prompt, query) if part)
-    if not question.strip():
-        raise RowProblem("empty prompt")
-    return [*messages, Message("user", question), Message("assistant", response)]
+    prompt = text(_column(row, attr.prompt_column, "prompt", source), "column", attr.prompt_column)
+    response = text(_column(row, attr.response_column, "response", source), "column", attr.response_column)
+    query = text(row.get(attr.query_column), "column", attr.query_column) if attr.query_column else ""
+    history = _history(row.get(attr.history_column), attr.history_column) if attr.history_column else []
+    question = filled("\n".join(part for part in (prompt, query) if part), "empty-prompt", "the prompt is empty")
+    answer = filled(response, "empty-answer", f"the answer, column {attr.response_column!r}, is empty")
+    return [*_system(row, attr), *history, Message("user", question), Message("assistant", answer)]
 
 
-def _history(value: Any) -> list[Message]:
+def _history(value: Any, column: str) -> list[Message]:
     if value is None:
         return []
     messages = []
-    for turn in value if isinstance(value, list) else [None]:
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise RowProblem("history must be a list of [question, answer] pairs")
-        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
+    for number, turn in enumerate(value if isinstance(value, list) else [None], 1):
+        if not (isinstance(turn, list) and len(turn) == 2):
+            message = f"column {column!r} is {type_name(value)}, expected a list of [question, answer] pairs"
+            raise RowProblem("bad-history", message, "Write [[question, answer], ...].")
+        question, answer = (text(part, "earlier turn", number) for part in turn)
+        messages.append(Message("user", filled(question, "empty-prompt", f"earlier question {number} is empty")))
+        messages.append(Message("assistant", filled(answer, "empty-answer", f"earlier answer {number} is empty")))
     return messages
 
 
-def _sharegpt(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[Message]:
+def _chat(row: Mapping[str, Any], attr: DatasetAttr, source: Source, keys: Keys) -> list[Message]:
     if attr.messages_column is None:
-        raise DataError(f"data set {source.dataset!r}: columns must name messages for the sharegpt layout")
-    turns = _column(row, attr.messages_column, "turns", source)
-    if not isinstance(turns, list):
-        raise RowProblem(f"{attr.messages_column} is {_type_name(turns)}, expected a list of turns")
-    roles: dict[str, Role] = {attr.user_tag: "user", attr.assistant_tag: "assistant", attr.system_tag: "system"}
-    messages: list[Message] = []
-    if attr.system_column and row.get(attr.system_column):
-        messages.append(Message("system", _text(row[attr.system_column], attr.system_column)))
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or attr.role_tag not in turn or attr.content_tag not in turn:
-            raise RowProblem(f"turn {number} lacks {attr.role_tag!r} or {attr.content_tag!r}")
-        speaker = turn[attr.role_tag]
-        role = roles.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise RowProblem(f"turn {number} is by {speaker!r}, expected one of {', '.join(map(repr, roles))}")
-        messages.append(Message(role, _text(turn[attr.content_tag], f"turn {number}")))
-    if not messages:
-        raise RowProblem("no turns")
-    return messages
+        raise DataError(f"data set {source.dataset!r}: columns must name messages for the {attr.formatting} layout")
+    messages = read_turns(_column(row, attr.messages_column, "turns", source), keys, attr.messages_column)
+    system = _system(row, attr)
+    if system and messages[0].role == "system":
+        if messages[0].content != system[0].content:
+            message = f"the first turn and column {attr.system_column!r} are different system messages"
+            raise RowProblem("conflicting-keys", message, "Keep one of them.")
+        return messages
+    return [*system, *messages]

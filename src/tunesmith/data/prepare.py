@@ -12,9 +12,10 @@ import numpy as np
 
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.data.blocks import documents_to_blocks
-from tunesmith.data.convert import RowProblem, check_columns, convert_document, convert_row
-from tunesmith.data.problem import BadRow
+from tunesmith.data.convert import alternates, check_columns, convert_document, convert_row
+from tunesmith.data.problem import BadRow, RowProblem
 from tunesmith.data.registry import load_attrs
+from tunesmith.data.sniff import Target, settle
 from tunesmith.data.source import RawRow, read_rows
 from tunesmith.data.template import ChatTemplate, Rendered
 from tunesmith.data.tokenize import Text, TextEncoder, Tokens
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", Example, Document)
 _CHUNK = 1000
+_SNIFFED = 200
+_OUT_OF_TURN = "user and assistant do not speak by turns, the user first; learned as the template shows it"
 _SEVERAL = "the template shows earlier turns otherwise than when they were the last; each is learned in its own rendering"
 _SHOWN = 5
 
@@ -43,6 +46,7 @@ class DataReport:
         unfilled: rows that hold ``{{name}}`` or ``{{author}}`` while no value is configured.
         tokens: tokens of the kept examples.
         supervised: how many of them are learned.
+        found: what the rows of sets without a declared layout look like.
         remainder: tokens behind the last full block of each set, left out (stage pt).
     """
 
@@ -55,6 +59,7 @@ class DataReport:
     tokens: int = 0
     supervised: int = 0
     remainder: int = 0
+    found: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, source: Source) -> None:
         """Count a row that is left out."""
@@ -62,6 +67,7 @@ class DataReport:
 
     def lines(self) -> Iterator[str]:
         """The account in sentences, every reason with its count and its first rows."""
+        yield from self.found
         share = self.supervised / self.tokens if self.tokens else 0.0
         yield f"{self.kept:,} of {self.read:,} rows kept, {self.tokens:,} tokens, {share:.0%} of them learned"
         for reason, sources in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
@@ -84,6 +90,7 @@ class DataReport:
             "tokens": self.tokens,
             "supervised": self.supervised,
             "remainder": self.remainder,
+            "found": self.found,
             "dropped": {reason: [str(s) for s in sources] for reason, sources in self.dropped.items()},
             "cut": [str(s) for s in self.cut],
             "noted": {remark: [str(s) for s in sources] for remark, sources in self.noted.items()},
@@ -108,6 +115,7 @@ def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport
     conversations = []
     for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
         rows = _read(attr, args, seed)
+        attr = _settle(attr, rows, "conversation", report)
         check_columns(rows, attr)
         for row, source in rows:
             report.read += 1
@@ -116,6 +124,8 @@ def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport
             except RowProblem as problem:
                 report.drop(str(problem), source)
                 continue
+            if not alternates(conversation.messages):
+                report.noted.setdefault(_OUT_OF_TURN, []).append(source)
             if any(mark in m.content for m in conversation.messages for mark in missing):
                 report.unfilled.append(source)
             conversations.append(conversation)
@@ -189,13 +199,18 @@ def _read(attr: DatasetAttr, args: DataArguments, seed: int) -> list[RawRow]:
     return _draw(rows, attr.num_samples, seed)[: args.max_samples]
 
 
+def _settle(attr: DatasetAttr, rows: Sequence[RawRow], target: Target, report: DataReport) -> DatasetAttr:
+    attr, sentence = settle(attr, [row.columns for row in rows[:_SNIFFED]], target)
+    if sentence:
+        report.found.append(sentence)
+    return attr
+
+
 def _refuse_unsupported(attr: DatasetAttr) -> None:
     reasons = {
         "ranking: preference pairs; the stages here learn one answer a row": attr.ranking,
         "a kto_tag column: feedback; the stages here learn every answer": attr.kto_tag_column is not None,
         "a chosen or rejected column: preference pairs": bool(attr.chosen_column or attr.rejected_column),
-        "a tools column: tool calls cannot be read from rows yet": attr.tools_column is not None,
-        f"formatting {attr.formatting}": attr.formatting not in ("alpaca", "sharegpt", "text"),
     }
     found = [reason for reason, given in reasons.items() if given]
     if found:
@@ -226,7 +241,9 @@ def prepare_documents(args: DataArguments, names: tuple[str, ...], report: DataR
     """
     documents = []
     for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
-        for row, source in _read(attr, args, seed):
+        rows = _read(attr, args, seed)
+        attr = _settle(attr, rows, "document", report)
+        for row, source in rows:
             report.read += 1
             try:
                 documents.append(convert_document(row, attr, source))
