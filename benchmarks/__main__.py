@@ -49,7 +49,7 @@ def main() -> None:
         settings = {
             "model_name_or_path": folder, "dataset_dir": scratch, "dataset": "rows", "output_dir": f"{scratch}/run",
             "compute_dtype": "bf16", "per_device_train_batch_size": 4, "cutoff_len": 1024, "learning_rate": 1e-4,
-            "max_steps": total, "disable_shuffling": True,
+            "max_steps": total, "disable_shuffling": True, "truncation": "keep_start",
         }  # fmt: skip
         config, _ = load_config(None, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
         ours, _ = build_trainer(config, SilentReporter())

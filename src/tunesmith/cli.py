@@ -56,6 +56,28 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the token lengths into this file.")] = None,
+) -> None:
+    """Find every error in configuration, data and template, without loading weights; exit status 1 if there is one."""
+    from tunesmith.check.data_check import check as look
+    from tunesmith.check.show import plot_lengths, sentences
+
+    checked = look(config, overrides or ())
+    if as_json:
+        print(json.dumps(checked.to_dict(), ensure_ascii=False))
+    else:
+        for line in sentences(checked):
+            print(line)
+    if png is not None and checked.lengths:
+        plot_lengths(checked, png)
+    raise typer.Exit(1 if checked.errors else 0)
+
+
+@app.command()
 def preview(
     config: Config,
     overrides: Overrides = None,

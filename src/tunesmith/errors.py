@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class TunesmithError(Exception):
     """Base of every error that a user can cause and cure.
@@ -14,7 +16,15 @@ class TunesmithError(Exception):
 
 
 class ConfigError(TunesmithError):
-    """The configuration cannot be used; the message lists every problem at once."""
+    """The configuration cannot be used; the message lists every problem at once.
+
+    Attributes:
+        problems: (where, key, message) of each, where the configuration itself was read.
+    """
+
+    def __init__(self, message: str, problems: Sequence[tuple[str, str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class DataError(TunesmithError):

@@ -52,9 +52,10 @@ def test_prefix_placeholders_and_default_system() -> None:
 def test_missing_column_names_row_and_columns(column: str) -> None:
     row = {"instruction": "a", "output": "b", "extra": 1}
     del row[column]
-    with pytest.raises(DataError, match=rf"d\.jsonl:7 \(row 7\): no column '{column}'.*'extra'"):
+    with pytest.raises(RowProblem, match=rf"no column '{column}'.*'extra'") as caught:
         turns(row)
-    with pytest.raises(DataError, match="no column 'conversations'"):
+    assert caught.value.unreadable
+    with pytest.raises(RowProblem, match="no column 'conversations'"):
         turns(row, {"formatting": "sharegpt"})
 
 

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 from tests.conftest import SHARED, tunesmith, write_dataset
 from tunesmith.config.arguments import DataArguments, DatasetAttr
 from tunesmith.data.convert import convert_row
-from tunesmith.data.prepare import DataReport, prepare_data, preprocess_data
+from tunesmith.data.prepare import prepare_data
+from tunesmith.data.report import DataReport
 from tunesmith.data.sniff import settle
+from tunesmith.data.supervised import preprocess_data
 from tunesmith.errors import DataError
 from tunesmith.types import Source
 

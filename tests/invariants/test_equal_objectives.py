@@ -14,7 +14,8 @@ from tests.conftest import SHARED
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.config.load import load_config
 from tunesmith.data.collator import collate
-from tunesmith.data.prepare import DataReport, load_examples
+from tunesmith.data.prepare import load_examples
+from tunesmith.data.report import DataReport
 from tunesmith.losses.cross_entropy import token_nll
 from tunesmith.model.adapter import init_adapter, trainable_parameters
 from tunesmith.model.attention import SEGMENTS

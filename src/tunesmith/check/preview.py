@@ -11,7 +11,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
-from tunesmith.data.prepare import DataReport, load_examples
+from tunesmith.data.prepare import load_examples
+from tunesmith.data.report import DataReport
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_tokenizer
 from tunesmith.types import IGNORE_INDEX, Example

@@ -127,10 +127,16 @@ class DataArguments(Arguments):
         None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="Day that templates take for today; the day the run began if unset."
     )
     default_system: str | None = Field(None, description="System message for rows that have none.")
-    cutoff_len: int = Field(
-        2048,
-        gt=1,
-        description="Longest row in tokens; longer rows are cut at the end, and counted. In stage pt, tokens of a block.",
+    cutoff_len: int = Field(2048, gt=1, description="Longest row in tokens (see truncation). In stage pt, tokens of a block.")
+    truncation: Literal["keep_end", "keep_start", "split", "drop", "error"] = Field(
+        "keep_end",
+        description="Rows longer than cutoff_len. keep_end: the oldest turns go, then the head of the question; answers stay "
+        "whole. keep_start: the end is cut off. split: several rows. drop: left out. error: the run ends. All are counted.",
+    )
+    on_bad_row: Literal["auto", "drop", "error"] = Field(
+        "auto",
+        description="auto: a row that cannot be read, or whose mask cannot be certified, ends the run; an empty or malformed "
+        "one is left out and counted. drop: all such rows are left out. error: any of them ends the run.",
     )
     max_samples: int | None = Field(None, gt=0, description="Use only the first N rows of each data set.")
     val_size: float = Field(0.0, ge=0, description="Hold out this share (below 1) or number (1 and up) of rows for evaluation.")

@@ -74,7 +74,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     for key, message in violations(sections):
         raw.problems.append(Problem(raw.places.get(key, str(path or "arguments")), key, message))
     if raw.problems:
-        raise ConfigError(describe(raw.problems, path))
+        raise ConfigError(describe(raw.problems, path), [(p.where, p.key, p.message) for p in raw.problems])
     return RunConfig(**sections), notices
 
 

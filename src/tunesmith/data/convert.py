@@ -31,8 +31,8 @@ def convert_row(
         placeholders: name -> text; ``{{name}}`` in any message is replaced.
 
     Raises:
-        DataError: a column that the data set declares is missing.
-        RowProblem: the row is empty or malformed.
+        DataError: the data set names no column that the layout needs.
+        RowProblem: a column is missing, or the row is empty or malformed.
     """
     messages = _alpaca(row, attr, source) if attr.formatting == "alpaca" else _chat(row, attr, source, keys_of(attr))
     if default_system is not None and (not messages or messages[0].role != "system"):
@@ -50,8 +50,7 @@ def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) 
     """Turn one row into a document: the text of its prompt column, or of ``text`` in a plain text file.
 
     Raises:
-        DataError: the column is missing.
-        RowProblem: it is empty or no text.
+        RowProblem: the column is missing, empty or no text.
     """
     plain = source.file.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
     name = "text" if plain or attr.prompt_column is None else attr.prompt_column
@@ -76,6 +75,8 @@ def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: Datase
     """Raise DataError when a column that the data set declares is in none of its rows: a misspelt name, most likely."""
     for field in ("query_column", "history_column", "system_column", "tools_column"):
         name = getattr(attr, field)
+        if name == "tools" and attr.formatting == "openai":
+            continue  # where that layout keeps them, if it has any
         if name and field in attr.model_fields_set and not any(name in row for row, _ in rows):
             found = ", ".join(map(repr, list(rows[0][0])[:8]))
             raise DataError(
@@ -103,9 +104,11 @@ def _with_prefix(messages: list[Message], prefix: str) -> list[Message]:
 def _column(row: Mapping[str, Any], name: str, what: str, source: Source) -> Any:
     if name not in row:
         found = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise DataError(
-            f"{source}: no column {name!r} for the {what}; the row has {found}. "
-            f"Say which column it is under columns of {source.dataset!r} in dataset_info.json"
+        raise RowProblem(
+            "missing-column",
+            f"no column {name!r} for the {what}; the row has {found}",
+            f"Say which column it is under columns of {source.dataset!r} in dataset_info.json.",
+            unreadable=True,
         )
     return row[name]
 

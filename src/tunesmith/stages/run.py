@@ -11,7 +11,8 @@ import torch
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
-from tunesmith.data.prepare import DataReport, fingerprint, load_examples
+from tunesmith.data.prepare import fingerprint, load_examples
+from tunesmith.data.report import DataReport
 from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library

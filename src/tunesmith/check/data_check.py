@@ -1,0 +1,244 @@
+"""``tunesmith check``: what training would meet, found without loading a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.config.arguments import DataArguments, RunConfig
+from tunesmith.config.load import load_config
+from tunesmith.data.loader import DataLoader
+from tunesmith.data.prepare import data_seed, prepare_data, prepare_documents, preprocess_pretrain, split_rows
+from tunesmith.data.report import DataReport, Finding
+from tunesmith.data.supervised import count_supervised, preprocess_data
+from tunesmith.errors import ConfigError, DataError, TunesmithError
+from tunesmith.model.library import quiet_library
+from tunesmith.model.load import load_tokenizer
+from tunesmith.types import Document, Example, Source
+
+_PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")
+_BINS = 20
+_WARNED = 100
+"""Rows listed for one warning; errors are all listed."""
+
+
+@dataclass
+class Checked:
+    """What was found.
+
+    Attributes:
+        errors, warnings: each ``{code, file, line, column, message, fix}``; unknown places are None.
+        notes: sentences that are no alarm.
+        counts: data set -> rows read, kept, dropped, truncated, duplicate.
+        lengths: tokens of the examples: min, median, mean, p95, max, histogram; empty where there are none.
+        plan: updates, tokens and shares of the run; empty where it cannot be told.
+    """
+
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    lengths: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        return {"errors": self.errors, "warnings": self.warnings, "notes": self.notes, "counts": self.counts,
+                "lengths": self.lengths, "plan": self.plan}  # fmt: skip
+
+
+def check(path: str | Path, overrides: Sequence[str] = ()) -> Checked:
+    """Look at configuration, tokenizer, template and every row. Raises nothing that a user can cause."""
+    checked = Checked()
+    try:
+        config, notices = load_config(path, overrides)
+    except ConfigError as error:
+        checked.errors += [_config_entry(*problem) for problem in error.problems or [("", "", str(error))]]
+        return checked
+    checked.notes += notices
+    quiet_library()
+    try:
+        tokenizer = load_tokenizer(config.model)
+        _look_at_tokenizer(tokenizer, checked)
+        _look_at_data(config, tokenizer, checked)
+    except TunesmithError as error:
+        checked.errors.append(_entry(type(error).__name__, str(error)))
+    return checked
+
+
+def _config_entry(where: str, key: str, message: str) -> dict[str, Any]:
+    found = _PLACE.match(where)
+    file, line, column = found.groups() if found else (where or None, None, None)
+    text = f"{key}: {message}" if key else message
+    return {"code": "config", "file": file, "line": int(line) if line else None, "column": int(column) if column else None,
+            "message": text, "fix": "tunesmith config lists every key"}  # fmt: skip
+
+
+def _entry(code: str, message: str, source: Source | None = None, column: int | None = None, fix: str = "") -> dict[str, Any]:
+    file, line = (source.file, source.line or source.row) if source else (None, None)
+    return {"code": code, "file": file, "line": line, "column": column, "message": message, "fix": fix}
+
+
+def _look_at_tokenizer(tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
+    if tokenizer.eos_token_id is None:
+        message = "the tokenizer has no end-of-sequence token, so the model could not learn to stop"
+        checked.errors.append(_entry("no-eos", message, fix="Set eos_token in tokenizer_config.json."))
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        checked.notes.append(
+            "the pad token is the end-of-sequence token; pads are told by position, so it is learned all the same"
+        )
+
+
+# ---- data
+
+
+def _look_at_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
+    data = config.data
+    prefixes = data.source_prefix.split("|")
+    prefixes = prefixes * len(data.dataset) if len(prefixes) == 1 else prefixes
+    seen: dict[int, Source] = {}
+    train: list[Example] = []
+    for name, prefix in zip(data.dataset, prefixes, strict=True):
+        train += _look_at_set(config, name, prefix, tokenizer, checked, seen)
+    held_out: list[Example] = []
+    for name in data.eval_dataset:
+        held_out += _look_at_set(config, name, prefixes[0], tokenizer, checked, seen, held_out=True)
+    if not train:
+        return
+    if share := data.val_size or data.dev_ratio:
+        try:
+            train, held_out = split_rows(train, share, data_seed(config))
+        except DataError as error:
+            checked.errors.append(_entry("val-size", str(error), fix="Change val_size."))
+    checked.lengths = _lengths([len(example) for example in train])
+    checked.plan = _plan(config, train, held_out)
+
+
+def _look_at_set(
+    config: RunConfig,
+    name: str,
+    prefix: str,
+    tokenizer: PreTrainedTokenizerBase,
+    checked: Checked,
+    seen: dict[int, Source],
+    held_out: bool = False,
+) -> list[Example]:
+    """Examples of one set; its rows are counted and its problems listed."""
+    report = DataReport()
+    args = config.data.model_copy(update={"source_prefix": prefix})
+    examples: list[Example] = []
+    duplicates = 0
+    try:
+        if config.finetuning.stage == "pt":
+            documents = prepare_documents(args, (name,), report, data_seed(config))
+            duplicates = _repeated(((hash(d.text), d.source) for d in documents), checked, seen, held_out)
+            examples = preprocess_pretrain(documents, tokenizer, args.cutoff_len, report)
+        else:
+            examples = _dialogues(args, name, tokenizer, report, data_seed(config))
+            duplicates = _repeated(_fingerprints(examples), checked, seen, held_out)
+    except TunesmithError as error:
+        if not report.left_out():
+            checked.errors.append(_entry(type(error).__name__, str(error)))
+    _list(report, checked)
+    cut = sum(len(finding.rows) for finding in report.of("cut"))
+    checked.counts[name] = {"read": report.read, "kept": report.kept, "dropped": report.left_out(), "truncated": cut,
+                            "duplicate": duplicates}  # fmt: skip
+    return examples
+
+
+def _dialogues(
+    args: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, report: DataReport, seed: int
+) -> list[Example]:
+    conversations = prepare_data(args, (name,), report, seed)
+    return preprocess_data(conversations, tokenizer, args.cutoff_len, report, args.template_date, args.truncation)
+
+
+def _fingerprints(examples: Iterable[Example]) -> Iterator[tuple[int, Source]]:
+    """One number for each row, made of all its views."""
+    row: Source | None = None
+    value = 0
+    for example in examples:
+        if row is not None and example.source != row:
+            yield value, row
+            value = 0
+        row, value = example.source, hash((value, example.input_ids.tobytes()))
+    if row is not None:
+        yield value, row
+
+
+def _repeated(rows: Iterable[tuple[int, Source]], checked: Checked, seen: dict[int, Source], held_out: bool) -> int:
+    count = 0
+    for value, source in rows:
+        first = seen.setdefault(value, source)
+        if first is source or first == source:
+            continue
+        count += 1
+        if count <= _WARNED:
+            code, what = (
+                ("leak", "also trained on") if held_out and first.dataset != source.dataset else ("duplicate", "the same")
+            )
+            checked.warnings.append(_entry(code, f"{what}: {first}", source, fix="Leave one of the two out."))
+    if count > _WARNED:
+        checked.warnings.append(_entry("duplicate", f"and {count - _WARNED:,} more repeated rows"))
+    return count
+
+
+def _list(report: DataReport, checked: Checked) -> None:
+    checked.notes += report.found
+    if report.remainder:
+        checked.notes.append(f"{report.remainder:,} tokens behind the last full block are left out")
+    for finding in report.of("unreadable", "uncertified", "dropped"):
+        checked.errors += _rows(finding, len(finding.rows))
+    for finding in report.of("cut", "note"):
+        checked.warnings += _rows(finding, _WARNED)
+        if len(finding.rows) > _WARNED:
+            checked.warnings.append(_entry(finding.code, f"and {len(finding.rows) - _WARNED:,} more rows: {finding.message}"))
+    place = lambda entry: (entry["file"] or "", entry["line"] or 0)  # noqa: E731
+    checked.errors.sort(key=place)
+
+
+def _rows(finding: Finding, most: int) -> list[dict[str, Any]]:
+    return [_entry(finding.code, finding.message, source, column, finding.fix) for source, column in finding.rows[:most]]
+
+
+# ---- lengths and plan
+
+
+def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
+    values = np.asarray(lengths)
+    edges = np.unique(np.linspace(values.min(), values.max() + 1, _BINS + 1).astype(int))
+    counts, _ = np.histogram(values, bins=edges)
+    bins = [{"from": int(a), "to": int(b) - 1, "count": int(n)} for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": round(float(values.mean()), 1),
+        "p95": float(np.percentile(values, 95)),
+        "max": int(values.max()),
+        "histogram": bins,
+    }
+
+
+def _plan(config: RunConfig, train: Sequence[Example], held_out: Sequence[Example | Document]) -> dict[str, Any]:
+    training = config.training
+    capacity = config.data.cutoff_len if config.data.packing else None
+    loader = DataLoader(train, training.per_device_train_batch_size, training.gradient_accumulation_steps, capacity=capacity)
+    total = training.max_steps if training.max_steps > 0 else ceil(training.num_train_epochs * len(loader))
+    tokens = sum(map(len, train))
+    supervised = sum(count_supervised(example.labels) for example in train)
+    return {
+        "train_examples": len(train),
+        "eval_examples": len(held_out),
+        "updates_per_epoch": len(loader),
+        "updates": total,
+        "tokens_per_epoch": tokens,
+        "tokens": round(tokens * total / len(loader)),
+        "supervised_share": round(supervised / tokens, 4),
+    }

@@ -1,0 +1,78 @@
+"""Rows that are longer than the cutoff: refused, left out, or shortened by a rule that is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from tunesmith.types import Example, Message
+
+Truncation = Literal["error", "drop", "keep_end", "keep_start", "split"]
+Fits = Callable[[tuple[Message, ...]], bool]
+"""Whether a conversation, rendered and tokenised, is within the cutoff."""
+
+
+def keep_end(messages: Sequence[Message], fits: Fits) -> tuple[Message, ...] | None:
+    """The end of a conversation that fits: the oldest exchanges go first, then the head of the last question.
+
+    System turns at the start stay. Answers are never cut, so that each keeps its end.
+
+    Args:
+        messages: the conversation.
+        fits: monotone: what fits still fits when something is taken away.
+
+    Returns:
+        The shortened conversation, or None where even the last exchange without its question's text is too long.
+    """
+    head = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
+    last = max((i for i, m in enumerate(messages) if m.role == "assistant" and m.weight > 0), default=-1)
+    starts = [i for i, m in enumerate(messages) if i > head and i < last and m.role == "user"]
+
+    def from_turn(start: int) -> tuple[Message, ...]:
+        return (*messages[:head], *messages[start:])
+
+    low, high = 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(from_turn(starts[middle])) else (middle + 1, high)
+    if low < len(starts):
+        return from_turn(starts[low])
+    return _without_head(from_turn(starts[-1] if starts else head), head, fits)
+
+
+def _without_head(messages: tuple[Message, ...], question: int, fits: Fits) -> tuple[Message, ...] | None:
+    """Leave out as little as will do from the head of the question's text."""
+    if question >= len(messages) or messages[question].role != "user":
+        return None
+    content = messages[question].content
+
+    def keeping(count: int) -> tuple[Message, ...]:
+        shortened = replace(messages[question], content=content[len(content) - count :])
+        return (*messages[:question], shortened, *messages[question + 1 :])
+
+    low, high = 1, len(content)
+    if not content or not fits(keeping(low)):
+        return None
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(keeping(middle)) else (low, middle)
+    return keeping(low)
+
+
+def head_of(example: Example, length: int) -> Example:
+    """The first ``length`` tokens."""
+    return _part(example, 0, length)
+
+
+def parts_of(example: Example, length: int) -> list[Example]:
+    """All tokens, in parts of at most ``length``."""
+    return [_part(example, begin, begin + length) for begin in range(0, len(example), length)]
+
+
+def _part(example: Example, begin: int, end: int) -> Example:
+    part = slice(begin, end)
+    weights: np.ndarray | None = None if example.weights is None else example.weights[part]
+    return Example(example.input_ids[part], example.labels[part], example.source, weights)
