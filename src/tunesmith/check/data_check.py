@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import DataArguments, RunConfig
 from tunesmith.config.load import load_config
+from tunesmith.data.collector import collector_paused
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.prepare import data_seed, prepare_data, prepare_documents, preprocess_pretrain, split_rows
 from tunesmith.data.report import DataReport, Finding
@@ -67,7 +68,8 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> Checked:
     try:
         tokenizer = load_tokenizer(config.model)
         _look_at_tokenizer(tokenizer, checked)
-        _look_at_data(config, tokenizer, checked)
+        with collector_paused():
+            _look_at_data(config, tokenizer, checked)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
     return checked

@@ -42,7 +42,7 @@ def convert_row(
     if attr.source_prefix:
         messages = _with_prefix(messages, attr.source_prefix)
     if placeholders:
-        messages = [replace(m, content=fill(m.content, placeholders)) for m in messages]
+        messages = [replace(m, content=fill(m.content, placeholders)) if "{{" in m.content else m for m in messages]
     return Conversation(tuple(messages), source, _tools(row, attr))
 
 
@@ -87,9 +87,8 @@ def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: Datase
 
 def fill(content: str, placeholders: Mapping[str, str]) -> str:
     """Replace each ``{{key}}`` of ``placeholders`` in ``content``."""
-    if "{{" in content:
-        for key, value in placeholders.items():
-            content = content.replace("{{" + key + "}}", value)
+    for key, value in placeholders.items():
+        content = content.replace("{{" + key + "}}", value)
     return content
 
 

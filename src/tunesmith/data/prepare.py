@@ -11,6 +11,7 @@ import numpy as np
 
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.data.blocks import documents_to_blocks
+from tunesmith.data.collector import collector_paused
 from tunesmith.data.convert import alternates, check_columns, convert_document, convert_row
 from tunesmith.data.problem import BadRow, RowProblem
 from tunesmith.data.registry import load_attrs
@@ -39,6 +40,11 @@ def load_examples(
             left to learn.
         TemplateError: the tokenizer cannot be trained on dialogues.
     """
+    with collector_paused():
+        return _load(config, tokenizer, report)
+
+
+def _load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> tuple[list[Example], list[Example]]:
     data = config.data
     seed = data_seed(config)
     share = data.val_size or data.dev_ratio
