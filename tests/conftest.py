@@ -60,6 +60,14 @@ WORDS = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenised rows of the tests stay among the tests."""
+    folder = tmp_path_factory.mktemp("data-cache")
+    os.environ["TUNESMITH_DATA_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture
 def shared() -> Path:
     if not SHARED.is_dir():

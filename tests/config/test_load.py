@@ -167,9 +167,9 @@ def test_byte_order_mark_is_no_trouble_and_gbk_is_named(tmp_path: Path) -> None:
 
 
 def test_keys_without_effect_are_noticed_not_refused(tmp_path: Path) -> None:
-    _, notices = load_config(write(tmp_path, yaml.safe_dump({**GOOD, "overwrite_cache": True})))
+    _, notices = load_config(write(tmp_path, yaml.safe_dump({**GOOD, "ddp_timeout": 180000000})))
     assert len(notices) == 1
-    assert "overwrite_cache has no effect" in notices[0]
+    assert "ddp_timeout has no effect" in notices[0]
 
 
 def test_unsupported_keys_say_what_to_do(tmp_path: Path) -> None:

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from tunesmith.config.arguments import DatasetAttr
-from tunesmith.data.convert import check_columns, convert_row
+from tunesmith.data.convert import convert_row
 from tunesmith.data.problem import RowProblem
-from tunesmith.errors import DataError
 from tunesmith.types import Source
 
 SOURCE = Source("d", "d.jsonl", 7, 7)
@@ -103,10 +102,3 @@ def test_history_that_cannot_be_used(history: Any) -> None:
 def test_characters_that_no_tokenizer_takes(text: str) -> None:
     with pytest.raises(RowProblem, match=r"NUL character|half of a surrogate pair"):
         turns({"instruction": text, "output": "b"})
-
-
-def test_a_declared_column_that_no_row_has_is_an_error() -> None:
-    attr = DatasetAttr(dataset_name="d", file_name="d.jsonl", query_column="contxt")
-    with pytest.raises(DataError, match=r"no row has the column 'contxt'.*'instruction'"):
-        check_columns([({"instruction": "a", "context": "b", "output": "c"}, SOURCE)], attr)
-    check_columns([({"instruction": "a"}, SOURCE), ({"instruction": "a", "contxt": "b"}, SOURCE)], attr)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from tests.conftest import SHARED, make_rows, tunesmith, write_dataset
 from tunesmith.config.arguments import DataArguments
 from tunesmith.data.collator import collate
-from tunesmith.data.prepare import fingerprint, prepare_data, split_rows
+from tunesmith.data.prepare import prepare_data
 from tunesmith.data.report import DataReport
 from tunesmith.data.supervised import preprocess_data
 from tunesmith.errors import DataError
@@ -19,7 +19,7 @@ from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message, Source
 def prepare(model: Path, folder: Path, name: str = "rows", **values: Any) -> tuple[list[Example], DataReport]:
     report = DataReport()
     args = DataArguments(dataset=name, dataset_dir=str(folder), **values)
-    conversations = prepare_data(args, args.dataset, report)
+    conversations = list(prepare_data(args, args.dataset, report))
     return preprocess_data(
         conversations, AutoTokenizer.from_pretrained(model), args.cutoff_len, report, truncation=args.truncation
     ), report
@@ -68,29 +68,6 @@ def test_sets_are_joined_in_order_and_limited_each(tiny_model: Path, tmp_path: P
     assert [(e.source.dataset, e.source.row) for e in examples] == [("b", 1), ("b", 2), ("a", 1), ("a", 2)]
 
 
-def test_split_is_seeded_disjoint_and_whole(tiny_model: Path, dataset: Path) -> None:
-    examples, _ = prepare(tiny_model, dataset)
-    train, held_out = split_rows(examples, 0.25, seed=1)
-    assert (len(train), len(held_out)) == (16, 6)
-    rows = [e.source.row for e in train] + [e.source.row for e in held_out]
-    assert sorted(rows) == list(range(1, 23))
-    assert [e.source.row for e in split_rows(examples, 0.25, seed=1)[1]] == [e.source.row for e in held_out]
-    assert [e.source.row for e in split_rows(examples, 0.25, seed=2)[1]] != [e.source.row for e in held_out]
-    assert len(split_rows(examples, 5, seed=1)[1]) == 5
-    for share in (22, 0.01, 100):
-        with pytest.raises(DataError, match="to evaluate"):
-            split_rows(examples, share, seed=1)
-
-
-def test_fingerprint_sees_every_change(tiny_model: Path, dataset: Path) -> None:
-    examples, _ = prepare(tiny_model, dataset)
-    base = fingerprint(examples)
-    assert base == fingerprint(list(examples))
-    assert base != fingerprint(examples[:-1])
-    examples[3].labels[-2] = IGNORE_INDEX
-    assert base != fingerprint(examples)
-
-
 @pytest.mark.parametrize("name", ["identity", "alpaca_en_demo", "alpaca_zh_demo"])
 def test_real_sets_convert_without_loss(tiny_model: Path, shared: Path, name: str) -> None:
     examples, report = prepare(tiny_model, shared / "data" / "demo", name, cutoff_len=8192)
@@ -105,7 +82,7 @@ def test_real_ids_are_those_of_apply_chat_template(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     report = DataReport()
     args = DataArguments(dataset="alpaca_zh_demo", dataset_dir=str(folder), max_samples=50, cutoff_len=8192)
-    conversations = prepare_data(args, args.dataset, report)
+    conversations = list(prepare_data(args, args.dataset, report))
     examples = preprocess_data(conversations, tokenizer, args.cutoff_len, report)
     for conversation, example in zip(conversations, examples, strict=True):
         plain = [{"role": m.role, "content": m.content} for m in conversation.messages]

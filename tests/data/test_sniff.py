@@ -88,7 +88,7 @@ def test_real_tool_calls_are_rendered_as_the_library_does(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/minimind")
     report = DataReport()
     args = DataArguments(dataset=name, dataset_dir=str(SHARED / "data/demo"), cutoff_len=100_000)
-    conversations = prepare_data(args, args.dataset, report)
+    conversations = list(prepare_data(args, args.dataset, report))
     assert report.read == len(conversations) == 300
     assert sum(bool(m.tool_calls) for c in conversations for m in c.messages) > 200
     conversations = conversations[:60]

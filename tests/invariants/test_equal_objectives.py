@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_full_training_too(settings: dict[str, Any], write_config: Any) -> None:
     assert_close(one, history(settings, write_config, "two", **full, **split))
 
 
-def _examples(settings: dict[str, Any], write_config: Any) -> list[Example]:
+def _examples(settings: dict[str, Any], write_config: Any) -> Sequence[Example]:
     config, _ = load_config(write_config(settings))
     return load_examples(config, AutoTokenizer.from_pretrained(settings["model_name_or_path"]), DataReport())[0]
 

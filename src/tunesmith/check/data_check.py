@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.config.arguments import DataArguments, RunConfig
+from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
-from tunesmith.data.collector import collector_paused
 from tunesmith.data.loader import DataLoader
-from tunesmith.data.prepare import data_seed, prepare_data, prepare_documents, preprocess_pretrain, split_rows
+from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix
 from tunesmith.data.report import DataReport, Finding
-from tunesmith.data.supervised import count_supervised, preprocess_data
+from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_tokenizer
-from tunesmith.types import Document, Example, Source
+from tunesmith.types import Source
 
 _PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")
 _BINS = 20
@@ -68,8 +67,7 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> Checked:
     try:
         tokenizer = load_tokenizer(config.model)
         _look_at_tokenizer(tokenizer, checked)
-        with collector_paused():
-            _look_at_data(config, tokenizer, checked)
+        _look_at_data(config, tokenizer, checked)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
     return checked
@@ -103,76 +101,62 @@ def _look_at_tokenizer(tokenizer: PreTrainedTokenizerBase, checked: Checked) -> 
 
 def _look_at_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
     data = config.data
-    prefixes = data.source_prefix.split("|")
-    prefixes = prefixes * len(data.dataset) if len(prefixes) == 1 else prefixes
     seen: dict[int, Source] = {}
-    train: list[Example] = []
-    for name, prefix in zip(data.dataset, prefixes, strict=True):
-        train += _look_at_set(config, name, prefix, tokenizer, checked, seen)
-    held_out: list[Example] = []
-    for name in data.eval_dataset:
-        held_out += _look_at_set(config, name, prefixes[0], tokenizer, checked, seen, held_out=True)
-    if not train:
+    train = [_look_at_set(config, name, i, tokenizer, checked, seen) for i, name in enumerate(data.dataset)]
+    held_out = [_look_at_set(config, name, 0, tokenizer, checked, seen, held_out=True) for name in data.eval_dataset]
+    mixed = mix(data, [rows for rows in train if rows is not None], data_seed(config))
+    unseen = joined([rows for rows in held_out if rows is not None])
+    if not len(mixed):
         return
-    if share := data.val_size or data.dev_ratio:
-        try:
-            train, held_out = split_rows(train, share, data_seed(config))
-        except DataError as error:
-            checked.errors.append(_entry("val-size", str(error), fix="Change val_size."))
-    checked.lengths = _lengths([len(example) for example in train])
-    checked.plan = _plan(config, train, held_out)
+    try:
+        if share := data.val_size or data.dev_ratio:
+            mixed, unseen = hold_out(mixed, share, data_seed(config))
+        rows: Examples = mixed
+        evaluated: Examples = unseen
+        if config.finetuning.stage == "pt":
+            rows = blocks(mixed, data.cutoff_len, DataReport())
+            evaluated = Blocks(unseen, data.cutoff_len)
+            checked.notes.append(f"{rows.remainder:,} tokens behind the last full block are left out")
+    except DataError as error:
+        checked.errors.append(_entry("data", str(error), fix="Change val_size or cutoff_len."))
+        return
+    checked.lengths = _lengths(mixed.lengths)
+    checked.plan = _plan(config, rows, evaluated)
 
 
 def _look_at_set(
     config: RunConfig,
     name: str,
-    prefix: str,
+    number: int,
     tokenizer: PreTrainedTokenizerBase,
     checked: Checked,
     seen: dict[int, Source],
     held_out: bool = False,
-) -> list[Example]:
+) -> Selection | None:
     """Examples of one set; its rows are counted and its problems listed."""
     report = DataReport()
-    args = config.data.model_copy(update={"source_prefix": prefix})
-    examples: list[Example] = []
-    duplicates = 0
+    rows, duplicates = None, 0
     try:
-        if config.finetuning.stage == "pt":
-            documents = prepare_documents(args, (name,), report, data_seed(config))
-            duplicates = _repeated(((hash(d.text), d.source) for d in documents), checked, seen, held_out)
-            examples = preprocess_pretrain(documents, tokenizer, args.cutoff_len, report)
-        else:
-            examples = _dialogues(args, name, tokenizer, report, data_seed(config))
-            duplicates = _repeated(_fingerprints(examples), checked, seen, held_out)
+        rows = load_set(config, name, number, tokenizer, report, stop=False)
+        duplicates = _repeated(_fingerprints(rows), checked, seen, held_out)
     except TunesmithError as error:
-        if not report.left_out():
-            checked.errors.append(_entry(type(error).__name__, str(error)))
+        checked.errors.append(_entry(type(error).__name__, str(error)))
     _list(report, checked)
-    cut = sum(len(finding.rows) for finding in report.of("cut"))
+    cut = sum(finding.count for finding in report.of("cut"))
     checked.counts[name] = {"read": report.read, "kept": report.kept, "dropped": report.left_out(), "truncated": cut,
                             "duplicate": duplicates}  # fmt: skip
-    return examples
+    return rows
 
 
-def _dialogues(
-    args: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, report: DataReport, seed: int
-) -> list[Example]:
-    conversations = prepare_data(args, (name,), report, seed)
-    return preprocess_data(conversations, tokenizer, args.cutoff_len, report, args.template_date, args.truncation)
-
-
-def _fingerprints(examples: Iterable[Example]) -> Iterator[tuple[int, Source]]:
-    """One number for each row, made of all its views."""
-    row: Source | None = None
-    value = 0
-    for example in examples:
-        if row is not None and example.source != row:
-            yield value, row
-            value = 0
-        row, value = example.source, hash((value, example.input_ids.tobytes()))
-    if row is not None:
-        yield value, row
+def _fingerprints(rows: Selection) -> Iterator[tuple[int, Source]]:
+    """One number for each row, made of the tokens of all its views."""
+    numbers = rows.rows.tolist()
+    total = 0
+    for index, number in enumerate(numbers):
+        value = hash(rows.tokens(index).tobytes())
+        total = hash((total, value)) if index and number == numbers[index - 1] else value
+        if index + 1 == len(numbers) or numbers[index + 1] != number:
+            yield total, rows.source(index)
 
 
 def _repeated(rows: Iterable[tuple[int, Source]], checked: Checked, seen: dict[int, Source], held_out: bool) -> int:
@@ -194,14 +178,12 @@ def _repeated(rows: Iterable[tuple[int, Source]], checked: Checked, seen: dict[i
 
 def _list(report: DataReport, checked: Checked) -> None:
     checked.notes += report.found
-    if report.remainder:
-        checked.notes.append(f"{report.remainder:,} tokens behind the last full block are left out")
     for finding in report.of("unreadable", "uncertified", "dropped"):
         checked.errors += _rows(finding, len(finding.rows))
     for finding in report.of("cut", "note"):
         checked.warnings += _rows(finding, _WARNED)
-        if len(finding.rows) > _WARNED:
-            checked.warnings.append(_entry(finding.code, f"and {len(finding.rows) - _WARNED:,} more rows: {finding.message}"))
+        if finding.count > _WARNED:
+            checked.warnings.append(_entry(finding.code, f"and {finding.count - _WARNED:,} more rows: {finding.message}"))
     place = lambda entry: (entry["file"] or "", entry["line"] or 0)  # noqa: E731
     checked.errors.sort(key=place)
 
@@ -213,8 +195,7 @@ def _rows(finding: Finding, most: int) -> list[dict[str, Any]]:
 # ---- lengths and plan
 
 
-def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
-    values = np.asarray(lengths)
+def _lengths(values: np.ndarray) -> dict[str, Any]:
     edges = np.unique(np.linspace(values.min(), values.max() + 1, _BINS + 1).astype(int))
     counts, _ = np.histogram(values, bins=edges)
     bins = [{"from": int(a), "to": int(b) - 1, "count": int(n)} for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
@@ -228,13 +209,12 @@ def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _plan(config: RunConfig, train: Sequence[Example], held_out: Sequence[Example | Document]) -> dict[str, Any]:
+def _plan(config: RunConfig, train: Examples, held_out: Examples) -> dict[str, Any]:
     training = config.training
     capacity = config.data.cutoff_len if config.data.packing else None
     loader = DataLoader(train, training.per_device_train_batch_size, training.gradient_accumulation_steps, capacity=capacity)
     total = training.max_steps if training.max_steps > 0 else ceil(training.num_train_epochs * len(loader))
-    tokens = sum(map(len, train))
-    supervised = sum(count_supervised(example.labels) for example in train)
+    tokens = int(train.lengths.sum())
     return {
         "train_examples": len(train),
         "eval_examples": len(held_out),
@@ -242,5 +222,5 @@ def _plan(config: RunConfig, train: Sequence[Example], held_out: Sequence[Exampl
         "updates": total,
         "tokens_per_epoch": tokens,
         "tokens": round(tokens * total / len(loader)),
-        "supervised_share": round(supervised / tokens, 4),
+        "supervised_share": round(train.supervised / tokens, 4),
     }

@@ -29,12 +29,12 @@ def preview(config: RunConfig, count: int, console: Console, as_json: bool = Fal
     train, held_out = load_examples(config, tokenizer, report)
     if as_json:
         rows = [describe(example, tokenizer) for example in train[:count]]
-        value = {"report": report.to_dict(), "train_rows": len(train), "eval_rows": len(held_out), "examples": rows}
+        value = {"report": report.to_dict(), "train_rows": len(train), "eval_rows": len(held_out or ()), "examples": rows}
         print(json.dumps(value, ensure_ascii=False))
         return
     for line in report.lines():
         console.print(Text(line))
-    console.print(Text(f"{len(train):,} rows to train on, {len(held_out):,} to evaluate on"))
+    console.print(Text(f"{len(train):,} rows to train on, {len(held_out or ()):,} to evaluate on"))
     for number, example in enumerate(train[:count], 1):
         print_dataset_example(example, tokenizer, console, number)
 

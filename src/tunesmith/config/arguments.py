@@ -139,6 +139,18 @@ class DataArguments(Arguments):
         "one is left out and counted. drop: all such rows are left out. error: any of them ends the run.",
     )
     max_samples: int | None = Field(None, gt=0, description="Use only the first N rows of each data set.")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = Field(
+        "concat",
+        description="Several sets: one after the other; or mixed until the first (under) or the last (over) is used up.",
+    )
+    interleave_probs: Annotated[tuple[float, ...], BeforeValidator(_split_commas)] = Field(
+        (), description="Share of each set when mixed; by turns if unset."
+    )
+    preprocessing_num_workers: int | None = Field(
+        None, ge=0, description="Processes that convert and tokenise rows; by threads of this one if unset."
+    )
+    overwrite_cache: bool = Field(False, description="Tokenise anew even if the rows have been tokenised before.")
+    tokenized_path: str | None = Field(None, description="Where tokenised rows are kept; the user's cache if unset.")
     val_size: float = Field(0.0, ge=0, description="Hold out this share (below 1) or number (1 and up) of rows for evaluation.")
     dev_ratio: float = Field(0.0, ge=0, lt=1, description="Hold out this share of rows; the same as val_size below 1.")
     source_prefix: str = Field(

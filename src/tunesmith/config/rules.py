@@ -14,8 +14,6 @@ from tunesmith.config.arguments import (
 
 NO_EFFECT = {
     "neat_packing": "rows of a pack never see each other; packing: true is all it takes",
-    "overwrite_cache": "rows are tokenised afresh at each start; there is no cache to overwrite",
-    "preprocessing_num_workers": "rows are tokenised in batches by the tokenizer's own threads",
     "dataloader_num_workers": "batches are assembled from rows already tokenised; no worker is needed",
     "ddp_timeout": "data are prepared outside any collective call, so the default timeout holds",
     "ddp_find_unused_parameters": "only trainable parameters are tracked",
@@ -37,8 +35,6 @@ UNSUPPORTED = {
     "freeze_trainable_modules": "finetuning_type: freeze is not supported in this version",
     "fsdp": "runs use one process in this version",
     "mask_history": "every assistant turn is learned in this version",
-    "mix_strategy": "data sets are joined one after the other in this version",
-    "interleave_probs": "data sets are joined one after the other in this version",
     "name_module_trainable": "finetuning_type: freeze is not supported in this version",
     "num_layer_trainable": "finetuning_type: freeze is not supported in this version",
     "padding_side": "training batches have no padding; remove the key",
@@ -51,7 +47,6 @@ UNSUPPORTED = {
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
     "streaming": "data sets are read whole in this version",
-    "tokenized_path": "rows are tokenised at each start in this version",
     "train_on_prompt": "only assistant turns are learned in this version",
 }
 """Keys of other toolkits that would change a result and cannot be honoured: refused, with what to do instead."""
@@ -120,6 +115,12 @@ def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> I
 def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:
     if not data.dataset:
         yield "dataset", "no data set given; name one or more from dataset_info.json"
+    if data.interleave_probs and data.mix_strategy == "concat":
+        yield "interleave_probs", "has no meaning with mix_strategy: concat; set interleave_under or interleave_over"
+    elif data.interleave_probs and len(data.interleave_probs) != len(data.dataset):
+        yield "interleave_probs", f"{len(data.interleave_probs)} shares for {len(data.dataset)} data sets; give one per set"
+    if any(share <= 0 for share in data.interleave_probs):
+        yield "interleave_probs", "every share must be above 0"
     if data.val_size and data.dev_ratio:
         yield "dev_ratio", "val_size and dev_ratio say the same thing; keep one"
     if data.eval_dataset and (data.val_size or data.dev_ratio):

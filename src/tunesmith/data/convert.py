@@ -71,20 +71,6 @@ def alternates(messages: Sequence[Message]) -> bool:
     return True
 
 
-def check_columns(rows: Sequence[tuple[Mapping[str, Any], Source]], attr: DatasetAttr) -> None:
-    """Raise DataError when a column that the data set declares is in none of its rows: a misspelt name, most likely."""
-    for field in ("query_column", "history_column", "system_column", "tools_column"):
-        name = getattr(attr, field)
-        if name == "tools" and attr.formatting == "openai":
-            continue  # where that layout keeps them, if it has any
-        if name and field in attr.model_fields_set and not any(name in row for row, _ in rows):
-            found = ", ".join(map(repr, list(rows[0][0])[:8]))
-            raise DataError(
-                f"{rows[0][1].file}: no row has the column {name!r}, which dataset_info.json declares for "
-                f"{attr.dataset_name!r}; the first row has {found}"
-            )
-
-
 def fill(content: str, placeholders: Mapping[str, str]) -> str:
     """Replace each ``{{key}}`` of ``placeholders`` in ``content``."""
     for key, value in placeholders.items():

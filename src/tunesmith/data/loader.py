@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 
 from tunesmith.data.collator import collate
 from tunesmith.data.pack import pack
+from tunesmith.data.selection import Blocks, Examples, Selection
 from tunesmith.types import Batch, Example
+
+
+def lengths_of(examples: Sequence[Example] | Examples) -> np.ndarray:
+    """Tokens of each example, int64 ``[N]``, without reading them where they lie on disk."""
+    if isinstance(examples, Selection | Blocks):
+        return examples.lengths
+    return np.array([len(example) for example in examples], dtype=np.int64)
+
+
+class _Singles(Sequence[Sequence[int]]):
+    """``[[0], [1], [2], ...]`` without the memory."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return [index]
 
 
 class DataLoader:
@@ -30,7 +52,7 @@ class DataLoader:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Examples,
         batch_size: int,
         accumulation: int = 1,
         seed: int = 42,
@@ -43,9 +65,10 @@ class DataLoader:
         self.seed = seed
         self.shuffle = shuffle
         if capacity is None:
-            self.units = [[index] for index in range(len(examples))]
+            self.units: Sequence[Sequence[int]] = _Singles(len(examples))
         else:
-            self.units = sorted((sorted(rows) for rows in pack([len(e) for e in examples], capacity)), key=lambda rows: rows[0])
+            packs = pack(lengths_of(examples).tolist(), capacity)
+            self.units = sorted((sorted(rows) for rows in packs), key=lambda rows: rows[0])
 
     def __len__(self) -> int:
         """Windows in an epoch."""

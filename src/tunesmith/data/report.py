@@ -21,6 +21,7 @@ _FATAL: dict[Policy, tuple[Kind, ...]] = {
 }  # fmt: skip
 _LEFT_OUT: tuple[Kind, ...] = ("unreadable", "uncertified", "dropped")
 _SHOWN = 5
+_KEPT_LISTED = 1000
 
 
 @dataclass
@@ -32,18 +33,26 @@ class Finding:
         code: short name of the problem.
         message: what was found.
         fix: what to do about it.
-        rows: where, with the column in the line or None.
+        count: how many rows they are.
+        rows: where, with the column in the line or None; of rows that are kept, the first thousand.
     """
 
     kind: Kind
     code: str
     message: str
     fix: str
+    count: int = 0
     rows: list[tuple[Source, int | None]] = field(default_factory=list)
+
+    def add(self, count: int, rows: Sequence[tuple[Source, int | None]]) -> None:
+        """Count further rows."""
+        self.count += count
+        room = len(rows) if self.kind in _LEFT_OUT else _KEPT_LISTED - len(self.rows)
+        self.rows.extend(rows[: max(room, 0)])
 
     def places(self, most: int = _SHOWN) -> str:
         """The first rows, named."""
-        return ", ".join(place(*row) for row in self.rows[:most]) + (", ..." if len(self.rows) > most else "")
+        return ", ".join(place(*row) for row in self.rows[:most]) + (", ..." if self.count > most else "")
 
 
 @dataclass
@@ -70,8 +79,19 @@ class DataReport:
 
     def add(self, kind: Kind, code: str, message: str, source: Source, fix: str = "", column: int | None = None) -> None:
         """Count a row."""
-        finding = self.findings.setdefault((kind, message), Finding(kind, code, message, fix))
-        finding.rows.append((source, column))
+        self.findings.setdefault((kind, message), Finding(kind, code, message, fix)).add(1, [(source, column)])
+
+    def merge(self, other: DataReport) -> None:
+        """Add another account to this one."""
+        self.read += other.read
+        self.kept += other.kept
+        self.tokens += other.tokens
+        self.supervised += other.supervised
+        self.remainder += other.remainder
+        self.found += other.found
+        for key, theirs in other.findings.items():
+            own = self.findings.setdefault(key, Finding(theirs.kind, theirs.code, theirs.message, theirs.fix))
+            own.add(theirs.count, theirs.rows)
 
     def problem(self, problem: RowProblem, source: Source) -> None:
         """Count a row that is left out because of a problem in it."""
@@ -80,11 +100,11 @@ class DataReport:
 
     def of(self, *kinds: Kind) -> list[Finding]:
         """Findings of these kinds, the commonest first."""
-        return sorted((f for f in self.findings.values() if f.kind in kinds), key=lambda f: -len(f.rows))
+        return sorted((f for f in self.findings.values() if f.kind in kinds), key=lambda f: -f.count)
 
     def left_out(self) -> int:
         """Rows that are not trained on; ``read`` is ``kept`` plus these."""
-        return sum(len(finding.rows) for finding in self.of(*_LEFT_OUT))
+        return sum(finding.count for finding in self.of(*_LEFT_OUT))
 
     def lines(self) -> Iterator[str]:
         """The account in sentences, every reason with its count and its first rows."""
@@ -92,18 +112,18 @@ class DataReport:
         share = self.supervised / self.tokens if self.tokens else 0.0
         yield f"{self.kept:,} of {self.read:,} rows kept, {self.tokens:,} tokens, {share:.0%} of them learned"
         for finding in self.of(*_LEFT_OUT):
-            yield f"{len(finding.rows):,} dropped: {finding.message} ({finding.places()})"
+            yield f"{finding.count:,} dropped: {finding.message} ({finding.places()})"
         if self.remainder:
             yield f"{self.remainder:,} tokens behind the last full block left out"
         for finding in self.of("cut", "note"):
-            yield f"{len(finding.rows):,} rows: {finding.message} ({finding.places()})"
+            yield f"{finding.count:,} rows: {finding.message} ({finding.places()})"
 
     def raise_fatal(self, policy: Policy) -> None:
         """Raise DataError with every finding that the policy does not let pass, all at once."""
         fatal = self.of(*_FATAL[policy])
         if not fatal:
             return
-        count = sum(len(finding.rows) for finding in fatal)
+        count = sum(finding.count for finding in fatal)
         rows = [_sentence(finding, *row) for finding in fatal for row in finding.rows[:_SHOWN]]
         more = count - len(rows)
         listed = "\n  ".join(rows) + (f"\n  and {more:,} more" if more else "")
@@ -122,11 +142,33 @@ class DataReport:
             "remainder": self.remainder,
             "found": self.found,
             "findings": [
-                {"kind": f.kind, "code": f.code, "message": f.message, "fix": f.fix, "count": len(f.rows),
-                 "rows": [place(*row) for row in f.rows[:1000]]}
+                {"kind": f.kind, "code": f.code, "message": f.message, "fix": f.fix, "count": f.count,
+                 "rows": [place(*row) for row in f.rows[:_KEPT_LISTED]]}
                 for f in self.findings.values()
             ],
         }  # fmt: skip
+
+
+def pack_report(report: DataReport) -> dict[str, Any]:
+    """A report as plain values from which ``unpack_report`` makes it again."""
+    values: dict[str, Any] = {name: getattr(report, name) for name in _NUMBERS}
+    findings = [
+        [f.kind, f.code, f.message, f.fix, f.count, [[s.dataset, s.file, s.row, s.line, column] for s, column in f.rows]]
+        for f in report.findings.values()
+    ]
+    return {**values, "found": report.found, "findings": findings}
+
+
+def unpack_report(values: dict[str, Any]) -> DataReport:
+    """The report that ``pack_report`` packed."""
+    report = DataReport(**{name: values[name] for name in _NUMBERS}, found=list(values["found"]))
+    for kind, code, message, fix, count, rows in values["findings"]:
+        listed = [(Source(*row[:4]), row[4]) for row in rows]
+        report.findings[kind, message] = Finding(kind, code, message, fix, count, listed)
+    return report
+
+
+_NUMBERS = ("read", "kept", "tokens", "supervised", "remainder")
 
 
 def place(source: Source, column: int | None = None) -> str:
@@ -142,4 +184,4 @@ def _sentence(finding: Finding, source: Source, column: int | None) -> str:
 
 def reasons(findings: Sequence[Finding]) -> str:
     """Messages with their counts, for an error that sums up."""
-    return "\n  ".join(f"{len(f.rows):,} rows: {f.message} ({f.places()})" for f in findings)
+    return "\n  ".join(f"{f.count:,} rows: {f.message} ({f.places()})" for f in findings)

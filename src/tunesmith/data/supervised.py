@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ def preprocess_data(
     date: str | None = None,
     truncation: Truncation = "keep_end",
 ) -> list[Example]:
-    """Render, tokenise and mask conversations for supervised fine-tuning.
+    """Render, tokenise and mask conversations for supervised fine-tuning, in memory.
 
     A row whose template rewrites earlier turns (reasoning that is dropped later) becomes several examples, so that each
     turn is learned as serving will ask for it. What is left out, cut or remarkable goes to ``report``.
@@ -50,73 +50,91 @@ def preprocess_data(
         DataError: no row is left.
         TemplateError: the tokenizer has no usable chat template.
     """
-    maker = _Maker(ChatTemplate(tokenizer, date), TextEncoder(tokenizer), cutoff_len, truncation, report)
+    maker = ConversationMaker(ChatTemplate(tokenizer, date), TextEncoder(tokenizer), cutoff_len, truncation)
     examples: list[Example] = []
     stream = iter(conversations)
     while chunk := list(islice(stream, _CHUNK)):
-        examples.extend(maker.chunk(chunk))
+        rendered = [maker.render(conversation, report) for conversation in chunk]
+        examples += maker.finish([r for r in rendered if r is not None], report)
     if not examples:
         raise DataError("no trainable tokens in any row:\n  " + reasons(report.of("unreadable", "uncertified", "dropped")))
     return examples
 
 
-class _Maker:
-    def __init__(
-        self, template: ChatTemplate, encoder: TextEncoder, cutoff_len: int, truncation: Truncation, report: DataReport
-    ) -> None:
+Rendering = tuple[Conversation, list[Rendered]]
+"""A row and its views."""
+
+
+class ConversationMaker:
+    """Makes examples of conversations, in two steps: rendering, and tokenising with masks.
+
+    Args:
+        template: renders.
+        encoder: tokenises.
+        cutoff_len: tokens of the longest example.
+        truncation: what becomes of longer rows.
+    """
+
+    def __init__(self, template: ChatTemplate, encoder: TextEncoder, cutoff_len: int, truncation: Truncation) -> None:
         self.template = template
         self.encoder = encoder
         self.cutoff_len = cutoff_len
         self.truncation = truncation
-        self.report = report
 
-    def chunk(self, conversations: Sequence[Conversation]) -> Iterator[Example]:
+    def render(self, conversation: Conversation, report: DataReport) -> Rendering | None:
+        """The views of a row; None, and counted, where they cannot be certified."""
+        try:
+            return conversation, self.template.views(conversation.messages, conversation.tools)
+        except TemplateError as error:
+            fix = "Mend the row, or use a template that can show it."
+            report.add("uncertified", "uncertified", str(error), conversation.source, fix)
+            return None
+
+    def finish(self, rows: Sequence[Rendering], report: DataReport) -> list[Example]:
         """Examples of many rows, tokenised together."""
-        rows: list[tuple[Conversation, list[Rendered]]] = []
-        for conversation in conversations:
-            try:
-                rows.append((conversation, self.template.views(conversation.messages, conversation.tools)))
-            except TemplateError as error:
-                fix = "Mend the row, or use a template that can show it."
-                self.report.add("uncertified", "uncertified", str(error), conversation.source, fix)
         tokens = iter(self.encoder.encode([_text(view) for _, views in rows for view in views]))
-        for conversation, views in rows:
-            yield from self._row(conversation, views, [next(tokens) for _ in views])
+        made = [self._row(conversation, views, [next(tokens) for _ in views], report) for conversation, views in rows]
+        return [example for examples in made for example in examples]
 
-    def _row(self, conversation: Conversation, views: Sequence[Rendered], tokens: Sequence[Tokens]) -> list[Example]:
-        self._remark(conversation, views, tokens)
+    def _row(
+        self, conversation: Conversation, views: Sequence[Rendered], tokens: Sequence[Tokens], report: DataReport
+    ) -> list[Example]:
+        self._remark(conversation, views, tokens, report)
         examples = [_example(conversation, view, made) for view, made in zip(views, tokens, strict=True)]
-        if any(len(example) > self.cutoff_len for example in examples):
-            examples = self._shorten(conversation, examples)
+        if any(len(example.input_ids) > self.cutoff_len for example in examples):
+            examples = self._shorten(conversation, examples, report)
             if not examples:
                 return []
-        learned = [example for example in examples if count_supervised(example.labels)]
+        counts = [count_supervised(example.labels) for example in examples]
+        learned = [example for example, count in zip(examples, counts, strict=True) if count]
         if not learned:
-            self._left_out(conversation, "nothing-to-learn", "no trainable token")
+            _left_out(report, conversation, "nothing-to-learn", "no trainable token")
             return []
-        self.report.kept += 1
-        self.report.tokens += sum(map(len, learned))
-        self.report.supervised += sum(count_supervised(example.labels) for example in learned)
+        report.kept += 1
+        report.tokens += sum(len(example.input_ids) for example in learned)
+        report.supervised += sum(counts)
         return learned
 
-    def _remark(self, conversation: Conversation, views: Sequence[Rendered], tokens: Sequence[Tokens]) -> None:
-        remarks = dict.fromkeys(note for view in views for note in view.notes)
-        remarks |= {_SEVERAL: None} if len(views) > 1 else {}
-        remarks |= {_JOINED: None} if any(made.joined for made in tokens) else {}
-        remarks |= {_GUARDED: None} if any(made.guarded for made in tokens) else {}
-        for remark in remarks:
-            self.report.add("note", "template", remark, conversation.source)
+    @staticmethod
+    def _remark(conversation: Conversation, views: Sequence[Rendered], tokens: Sequence[Tokens], report: DataReport) -> None:
+        remarks = [note for view in views for note in view.notes]
+        remarks += [_SEVERAL] if len(views) > 1 else []
+        for made in tokens:
+            remarks += [_JOINED] if made.joined else []
+            remarks += [_GUARDED] if made.guarded else []
+        for remark in dict.fromkeys(remarks):
+            report.add("note", "template", remark, conversation.source)
 
     # ---- rows that are too long
 
-    def _shorten(self, conversation: Conversation, examples: list[Example]) -> list[Example]:
+    def _shorten(self, conversation: Conversation, examples: list[Example], report: DataReport) -> list[Example]:
         """What is learned of a row of which some example is too long; the row is counted as cut or as left out."""
         limit, longest = self.cutoff_len, max(map(len, examples))
         if self.truncation in ("error", "drop"):
             message = f"longer than cutoff_len {limit}"
             kind: Kind = "uncertified" if self.truncation == "error" else "dropped"
             fix = f"Raise cutoff_len to {longest}, or choose another truncation." if kind == "uncertified" else ""
-            self.report.add(kind, "too-long", message, conversation.source, fix)
+            report.add(kind, "too-long", message, conversation.source, fix)
             return []
         if self.truncation == "keep_end":
             shortened = self._keep_end(conversation, examples)
@@ -130,9 +148,9 @@ class _Maker:
         learned = [example for example in shortened if count_supervised(example.labels)]
         if not learned:
             why = "the answer alone is too long" if self.truncation == "keep_end" else "no answer token is left"
-            self._left_out(conversation, "too-long", f"longer than cutoff_len {limit}, and {why}")
+            _left_out(report, conversation, "too-long", f"longer than cutoff_len {limit}, and {why}")
             return []
-        self.report.add("cut", "truncated", f"longer than cutoff_len {limit}: {how}", conversation.source)
+        report.add("cut", "truncated", f"longer than cutoff_len {limit}: {how}", conversation.source)
         return learned
 
     def _keep_end(self, conversation: Conversation, examples: list[Example]) -> list[Example]:
@@ -155,8 +173,9 @@ class _Maker:
         tokens = self.encoder.encode([_text(view) for view in views])
         return [_example(conversation, view, made) for view, made in zip(views, tokens, strict=True)]
 
-    def _left_out(self, conversation: Conversation, code: str, message: str) -> None:
-        self.report.add("dropped", code, message, conversation.source, "Raise cutoff_len, or shorten the row.")
+
+def _left_out(report: DataReport, conversation: Conversation, code: str, message: str) -> None:
+    report.add("dropped", code, message, conversation.source, "Raise cutoff_len, or shorten the row.")
 
 
 def _text(view: Rendered) -> Text:

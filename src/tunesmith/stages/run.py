@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
-from tunesmith.data.prepare import fingerprint, load_examples
+from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
 from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
 from tunesmith.model.forward import FlatForward
@@ -68,7 +68,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     base = load_base_model(config.model, torch.float32 if full else dtype, device)
     check_vocabulary(base, tokenizer)
     attention = base.config._attn_implementation
-    segments = prepare_flat(base, config.model, max(map(len, (*train, *held_out))))
+    segments = prepare_flat(base, config.model, max(int(rows.lengths.max()) for rows in (train, held_out) if rows is not None))
     model = init_adapter(base, config.finetuning, model_path(config.model))
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,7 +88,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         attention=attention,
         shuffle=not config.data.disable_shuffling,
         capacity=config.data.cutoff_len if config.data.packing else None,
-        inputs={"training data": fingerprint(train)},
+        inputs={"training data": train.fingerprint()},
     )
     return TRAINERS[config.finetuning.stage](config.training, given), report
 
@@ -103,14 +103,18 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     checkpoint = starting_point(config.training, folder, reporter.note)
     config = with_date(config, folder if checkpoint else None)
     trainer, report = build_trainer(config, reporter)
+    given, held_out = trainer.given, trainer.given.eval_examples
     open_run(folder, config.training.overwrite_output_dir)
     write_manifest(
         folder,
         model_path(config.model),
         {
-            "data": {"train": fingerprint(trainer.given.train_examples), "eval": fingerprint(trainer.given.eval_examples)},
+            "data": {
+                "train": given.train_examples.fingerprint(),
+                "eval": held_out.fingerprint() if held_out is not None else None,
+            },
             "seed": config.training.seed,
-            "compute_dtype": str(trainer.given.compute_dtype).removeprefix("torch."),
+            "compute_dtype": str(given.compute_dtype).removeprefix("torch."),
         },
     )
     dump_yaml(config, folder / CONFIG)
@@ -146,7 +150,7 @@ def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
             "steps": state.step,
             "epochs": state.epoch + state.window / len(trainer.loader),
             "train_rows": len(given.train_examples),
-            "eval_rows": len(given.eval_examples),
+            "eval_rows": len(given.eval_examples) if given.eval_examples is not None else 0,
             "best_eval_loss": state.best_metric,
             "best_step": state.best_step,
             "loaded_best": config.training.load_best_model_at_end,

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
 from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
 from tunesmith.data.loader import DataLoader
+from tunesmith.data.selection import Examples
 from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
@@ -39,7 +41,7 @@ from tunesmith.train.progress import Reporter
 from tunesmith.train.runfolder import FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
 from tunesmith.train.step import StepResult, Updater
-from tunesmith.types import Batch, Example, LossOutput
+from tunesmith.types import Batch, LossOutput
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Ingredients:
 
     forward: FlatForward
     tokenizer: PreTrainedTokenizerBase
-    train_examples: Sequence[Example]
-    eval_examples: Sequence[Example]
+    train_examples: Examples
+    eval_examples: Examples | None
     device: torch.device
     compute_dtype: torch.dtype
     run: Path
@@ -238,9 +240,12 @@ class PeftTrainer:
         loss_sum, count = 0.0, 0.0
         sums: dict[str, tuple[float, int]] = {}
         size = self.args.per_device_eval_batch_size
-        rows = sorted(self.given.eval_examples, key=len)
-        for begin in range(0, len(rows), size):
-            output = self.prediction_step(collate(rows[begin : begin + size]).to(self.given.device))
+        rows = self.given.eval_examples
+        assert rows is not None
+        order = np.argsort(rows.lengths, kind="stable").tolist()
+        for begin in range(0, len(order), size):
+            batch = collate([rows[i] for i in order[begin : begin + size]])
+            output = self.prediction_step(batch.to(self.given.device))
             loss_sum += output.sum.item()
             count += output.count
             for name, (value, number) in output.metrics.items():

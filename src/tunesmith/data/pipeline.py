@@ -1,0 +1,311 @@
+"""One data set -> its store of tokenised rows: read, converted, rendered, tokenised, masked, written; or found again.
+
+Rows go through in chunks, so memory does not grow with the set. While one chunk is tokenised (outside Python's lock) the
+next is converted and rendered; with workers, whole chunks go to other processes. The order is that of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data.collector import collector_paused
+from tunesmith.data.convert import alternates, convert_document, convert_row
+from tunesmith.data.documents import DocumentMaker
+from tunesmith.data.problem import BadRow, RowProblem
+from tunesmith.data.report import DataReport, Policy
+from tunesmith.data.sniff import Target
+from tunesmith.data.source import RawRow, data_files, file_sha, read_rows
+from tunesmith.data.store import StoreWriter, TokenSet, partial
+from tunesmith.data.supervised import ConversationMaker, Rendering
+from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokenize import TextEncoder
+from tunesmith.data.truncate import Truncation
+from tunesmith.types import Conversation, Document, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000
+_PATIENCE = 20_000
+"""Rows that are looked at before rows that end the run end it; smaller sets are looked at whole."""
+_OUT_OF_TURN = "user and assistant do not speak by turns, the user first; learned as the template shows it"
+_DECLARED = ("query_column", "history_column", "system_column", "tools_column")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what becomes of a row.
+
+    Attributes:
+        target: dialogues or documents.
+        cutoff_len, truncation: longest example, and what becomes of longer ones; documents are not cut.
+        default_system: system message for rows without one.
+        placeholders: name -> text that replaces ``{{name}}``; None: not set, rows that hold it are remarked on.
+        date: what the template takes for today.
+    """
+
+    target: Target
+    cutoff_len: int
+    truncation: Truncation
+    default_system: str | None
+    placeholders: Mapping[str, str | None]
+    date: str | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the stores are kept, and how they are made.
+
+    Attributes:
+        folder: that holds them.
+        workers: processes that convert and tokenise; 0: this one.
+        overwrite: make them anew.
+        policy: which rows end the work; a large set is given up soon after the first of them.
+    """
+
+    folder: Path
+    workers: int = 0
+    overwrite: bool = False
+    policy: Policy = "drop"
+
+
+@dataclass
+class _Result:
+    examples: list[Example]
+    rows: int
+    columns: set[str]
+    report: DataReport
+
+
+def tokenised(
+    attr: DatasetAttr, dataset_dir: str, limit: int | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, place: Place
+) -> TokenSet:
+    """The store of a data set; made if there is none for exactly these bytes, settings, tokenizer and code.
+
+    Args:
+        attr: the set, its layout settled.
+        dataset_dir: where its files are.
+        limit: read only so many rows.
+        recipe: what becomes of a row.
+        tokenizer: with a chat template, for dialogues.
+        place: where stores are kept.
+
+    Raises:
+        DataError, TemplateError: the set or the tokenizer cannot be used.
+    """
+    chunks = ChunkMaker(attr, recipe, tokenizer)
+    key = _key(attr, dataset_dir, limit, recipe, chunks)
+    target = place.folder / key
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.folder / f".{key}.lock"):
+        if place.overwrite or not target.is_dir():
+            _write(target, chunks, attr, dataset_dir, limit, place)
+    return TokenSet(target, attr.dataset_name)
+
+
+def _write(target: Path, chunks: ChunkMaker, attr: DatasetAttr, dataset_dir: str, limit: int | None, place: Place) -> None:
+    if place.overwrite:
+        shutil.rmtree(partial(target), ignore_errors=True)
+    writer = StoreWriter(target)
+    try:
+        with collector_paused():
+            rows = read_rows(attr, dataset_dir, skip=writer.progress.rows, limit=limit)
+            for result in _results(chunks, rows, place.workers):
+                writer.append(result.examples, result.rows, result.columns, result.report)
+                if writer.progress.rows >= _PATIENCE:
+                    writer.progress.report.raise_fatal(place.policy)
+    except BaseException:
+        writer.close()
+        raise
+    writer.finish()
+
+
+def _results(chunks: ChunkMaker, rows: Iterable[RawRow | BadRow], workers: int) -> Iterator[_Result]:
+    """What each chunk gives, in order."""
+    stream = iter(rows)
+    batches = iter(lambda: list(islice(stream, CHUNK)), [])
+    if workers > 0:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(chunks,)) as pool:
+            yield from _in_order(pool, (lambda batch=batch: pool.submit(_work, batch) for batch in batches), 2 * workers)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            yield from _in_order(pool, (_begin(chunks, batch, pool) for batch in batches), 1)
+
+
+def _begin(chunks: ChunkMaker, batch: list[RawRow | BadRow], pool: Executor) -> Any:
+    rendered = chunks.render(batch)
+    return lambda: pool.submit(chunks.finish, rendered)
+
+
+def _in_order(pool: Executor, jobs: Iterable[Any], ahead: int) -> Iterator[_Result]:
+    """Start jobs, at most ``ahead`` of them before the oldest result is taken."""
+    waiting: deque[Future[_Result]] = deque()
+    for start in jobs:
+        waiting.append(start())
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_worker: ChunkMaker | None = None
+
+
+def _start_worker(chunks: ChunkMaker) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = chunks
+
+
+def _work(batch: list[RawRow | BadRow]) -> _Result:
+    assert _worker is not None
+    with collector_paused():
+        return _worker.finish(_worker.render(batch))
+
+
+class ChunkMaker:
+    """Makes examples of chunks of raw rows, in two steps: the first needs Python's lock, the second mostly does not.
+
+    Args:
+        attr: the set.
+        recipe: what becomes of a row.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, attr: DatasetAttr, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.attr = attr
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self._declared = {
+            name for field in _DECLARED if field in attr.model_fields_set and (name := getattr(attr, field)) is not None
+        }
+        self._set_up()
+
+    def _set_up(self) -> None:
+        encoder = TextEncoder(self.tokenizer)
+        self._documents = DocumentMaker(self.tokenizer, encoder) if self.recipe.target == "document" else None
+        self._dialogues = None
+        if self.recipe.target == "conversation":
+            template = ChatTemplate(self.tokenizer, self.recipe.date)
+            self._dialogues = ConversationMaker(template, encoder, self.recipe.cutoff_len, self.recipe.truncation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"attr": self.attr, "recipe": self.recipe, "tokenizer": self.tokenizer, "_declared": self._declared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_up()
+
+    @property
+    def template_source(self) -> str:
+        """The chat template, or nothing for documents."""
+        return "" if self._dialogues is None else self._dialogues.template.source
+
+    def render(self, batch: list[RawRow | BadRow]) -> tuple[_Result, list[Document] | list[Rendering]]:
+        """Convert rows and render them."""
+        result = _Result([], len(batch), set(), DataReport(read=len(batch)))
+        good: list[RawRow] = []
+        for row in batch:
+            if isinstance(row, BadRow):
+                result.report.problem(row.problem, row.source)
+            else:
+                good.append(row)
+        missing = set(self._declared)
+        for row in good:
+            if missing and not missing.isdisjoint(row.columns):
+                missing.difference_update(row.columns)
+        result.columns = self._declared - missing
+        if self._documents is not None:
+            return result, self._read_documents(good, result.report)
+        return result, self._read_dialogues(good, result.report)
+
+    def _read_documents(self, rows: list[RawRow], report: DataReport) -> list[Document]:
+        documents = []
+        for row, source in rows:
+            try:
+                documents.append(convert_document(row, self.attr, source))
+            except RowProblem as problem:
+                report.problem(problem, source)
+        return documents
+
+    def _read_dialogues(self, rows: list[RawRow], report: DataReport) -> list[Rendering]:
+        assert self._dialogues is not None
+        conversations = read_conversations(rows, self.attr, self.recipe, report)
+        rendered = [self._dialogues.render(conversation, report) for conversation in conversations]
+        return [made for made in rendered if made is not None]
+
+    def finish(self, rendered: tuple[_Result, Any]) -> _Result:
+        """Tokenise and mask what was rendered."""
+        result, made = rendered
+        if self._documents is not None:
+            result.examples = self._documents.finish(made, result.report)
+        else:
+            assert self._dialogues is not None
+            result.examples = self._dialogues.finish(made, result.report)
+        return result
+
+
+def read_conversations(rows: Iterable[RawRow], attr: DatasetAttr, recipe: Recipe, report: DataReport) -> Iterator[Conversation]:
+    """Rows as conversations; those that are none, and remarks, go to the report."""
+    given = {key: text for key, text in recipe.placeholders.items() if text is not None}
+    unset = [key for key, text in recipe.placeholders.items() if text is None]
+    for row, source in rows:
+        try:
+            conversation = convert_row(row, attr, source, recipe.default_system, given)
+        except RowProblem as problem:
+            report.problem(problem, source)
+            continue
+        if not alternates(conversation.messages):
+            report.add("note", "out-of-turn", _OUT_OF_TURN, source)
+        for key in unset:
+            if any(f"{{{{{key}}}}}" in m.content for m in conversation.messages):
+                message = f"holds {{{{{key}}}}}, but identity_{key} is not set"
+                report.add("note", "unfilled", message, source, f"Set identity_{key}.")
+        yield conversation
+
+
+# ---- what a store is known by
+
+
+def _key(attr: DatasetAttr, dataset_dir: str, limit: int | None, recipe: Recipe, chunks: ChunkMaker) -> str:
+    """A name made of everything that the store depends on."""
+    tokenizer = chunks.tokenizer
+    dated = "strftime_now" in chunks.template_source
+    facts = {
+        "files": [(path.name, file_sha(path)) for path in data_files(attr, dataset_dir)],
+        "attr": attr.model_dump(mode="json", exclude={"num_samples"}),
+        "limit": limit,
+        "recipe": {**recipe.__dict__, "placeholders": dict(recipe.placeholders), "date": recipe.date if dated else None},
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        "template": chunks.template_source,
+        "code": _code(),
+        "libraries": [version(name) for name in ("tokenizers", "transformers", "jinja2")],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    stem = "".join(c if c.isalnum() else "-" for c in Path(attr.dataset_name).stem)[:40]
+    return f"{stem}-{digest[:32]}"
+
+
+def _code() -> str:
+    """Hash of this package's own files that make examples of rows, so that a change of code is a change of data."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,308 @@
+"""Tokenised rows on disk: written once, in order, and read through memory maps.
+
+A store is a folder of column files that only grow, and a journal that says after every chunk how far each file is good.
+An interrupted preparation goes on after the last line of the journal. A folder without ``.partial`` in its name is
+whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+
+from tunesmith.data.report import DataReport, pack_report, unpack_report
+from tunesmith.errors import DataError
+from tunesmith.types import IGNORE_INDEX, Example, Source
+
+JOURNAL = "journal.jsonl"
+_COLUMNS = {"ids": "<i4", "ends": "<i8", "spans": "<i4", "weights": "<f4", "span_ends": "<i8", "places": "<i8"}
+"""Column -> type. ``ends`` and ``span_ends`` hold, for each row, how many tokens and spans there are up to its end;
+``spans`` pairs of token positions within the row; ``places`` (file, row, line)."""
+
+
+@dataclass
+class Progress:
+    """What the journal says.
+
+    Attributes:
+        rows: raw rows that are done.
+        examples, tokens, spans: written so far.
+        files: the files that rows come from, in the order of their first row.
+        columns: declared columns that were seen in some row.
+        digest: SHA-256 over all chunks.
+        report: what became of the rows.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    spans: int = 0
+    files: list[str] = field(default_factory=list)
+    columns: set[str] = field(default_factory=set)
+    digest: str = ""
+    report: DataReport = field(default_factory=DataReport)
+
+
+def partial(target: Path) -> Path:
+    """Where a store lies while it is unfinished."""
+    return target.with_name(target.name + ".partial")
+
+
+class StoreWriter:
+    """Writes a store, from the start or from where an interrupted one stopped.
+
+    Args:
+        target: folder of the whole store; what is unfinished lies beside it in ``<name>.partial``.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = partial(target)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.progress = read_journal(self.folder)
+            self._files = {name: self._open(name) for name in _COLUMNS}
+            self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+
+    def _open(self, name: str) -> IO[bytes]:
+        """A column file, cut back to where the journal says that it is good."""
+        progress = self.progress
+        counts = {"ids": progress.tokens, "ends": progress.examples, "spans": 2 * progress.spans, "weights": progress.spans,
+                  "span_ends": progress.examples, "places": 3 * progress.examples}  # fmt: skip
+        path = self.folder / name
+        path.touch()
+        good = counts[name] * np.dtype(_COLUMNS[name]).itemsize
+        if path.stat().st_size < good:
+            raise DataError(f"{path}: shorter than its journal says; delete {self.folder} and start again")
+        os.truncate(path, good)
+        return path.open("ab")
+
+    def append(self, examples: Sequence[Example], rows: int, columns: set[str], report: DataReport) -> None:
+        """Write what one chunk of raw rows gave.
+
+        Args:
+            examples: in order.
+            rows: raw rows that the chunk held.
+            columns: declared columns seen in it.
+            report: what became of the rows.
+
+        Raises:
+            DataError: the disk is full or not writable.
+        """
+        progress = self.progress
+        known = {file: number for number, file in enumerate(progress.files)}
+        new_files: list[str] = []
+        for example in examples:
+            if example.source.file not in known:
+                known[example.source.file] = len(known)
+                new_files.append(example.source.file)
+        parts = _columns_of(examples, known, progress)
+        digest = hashlib.sha256(progress.digest.encode())
+        try:
+            for name, values in parts.items():
+                data = values.astype(_COLUMNS[name]).tobytes()
+                digest.update(data)
+                self._files[name].write(data)
+                self._files[name].flush()
+            progress.rows += rows
+            progress.examples += len(examples)
+            progress.tokens += len(parts["ids"])
+            progress.spans += len(parts["weights"])
+            progress.files += new_files
+            progress.columns |= columns
+            progress.digest = digest.hexdigest()
+            progress.report.merge(report)
+            line = {
+                "rows": progress.rows, "examples": progress.examples, "tokens": progress.tokens, "spans": progress.spans,
+                "files": new_files, "columns": sorted(columns), "digest": progress.digest, "report": pack_report(report),
+            }  # fmt: skip
+            self._journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._journal.flush()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+
+    def finish(self) -> None:
+        """Put the whole store in its place. Raises DataError when the disk does not take it."""
+        try:
+            for file in self._all_files():
+                file.flush()
+                os.fsync(file.fileno())
+            self.close()
+            shutil.rmtree(self.target, ignore_errors=True)
+            self.folder.rename(self.target)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+
+    def close(self) -> None:
+        """Close the files, also those that a full disk keeps from being flushed; what the journal covers is good."""
+        for file in self._all_files():
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _all_files(self) -> list[IO[Any]]:
+        return [*self._files.values(), self._journal]
+
+
+def _columns_of(examples: Sequence[Example], files: dict[str, int], before: Progress) -> dict[str, np.ndarray]:
+    spans = [_spans(example) for example in examples]
+    lengths = np.array([len(example) for example in examples], dtype=np.int64)
+    counts = np.array([len(weights) for _, weights in spans], dtype=np.int64)
+    places = [(files[e.source.file], e.source.row, e.source.line) for e in examples]
+    empty = np.zeros(0, dtype=np.int64)
+    return {
+        "ids": np.concatenate([example.input_ids for example in examples]) if examples else empty,
+        "ends": before.tokens + lengths.cumsum(),
+        "spans": np.concatenate([bounds.ravel() for bounds, _ in spans]) if spans else empty,
+        "weights": np.concatenate([weights for _, weights in spans]) if spans else empty,
+        "span_ends": before.spans + counts.cumsum(),
+        "places": np.array(places, dtype=np.int64).ravel(),
+    }
+
+
+def _spans(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds ``[n, 2]`` of the stretches that are learned with one weight, and the weights ``[n]``."""
+    factors = (example.labels != IGNORE_INDEX).astype(np.float32)
+    if example.weights is not None:
+        factors = np.where(example.labels != IGNORE_INDEX, example.weights, np.float32(-1))
+    else:
+        factors = np.where(factors > 0, np.float32(1), np.float32(-1))
+    edges = np.flatnonzero(np.diff(factors, prepend=np.float32(-2), append=np.float32(-2)))
+    starts, ends = edges[:-1], edges[1:]
+    learned = factors[starts] >= 0
+    return np.stack([starts[learned], ends[learned]], axis=1), factors[starts[learned]]
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{folder}: tokenised data cannot be written: {error.strerror}; make room, or set tokenized_path to another folder"
+    )
+
+
+def read_journal(folder: Path) -> Progress:
+    """How far a store is; a last line cut short by a crash does not count."""
+    progress = Progress()
+    path = folder / JOURNAL
+    good = 0
+    for raw in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            line: dict[str, Any] = json.loads(raw)
+        except ValueError:
+            break
+        good += len(raw) + 1
+        progress.rows, progress.examples = line["rows"], line["examples"]
+        progress.tokens, progress.spans = line["tokens"], line["spans"]
+        progress.files += line["files"]
+        progress.columns |= set(line["columns"])
+        progress.digest = line["digest"]
+        progress.report.merge(unpack_report(line["report"]))
+    if path.is_file() and path.stat().st_size > good and folder.name.endswith(".partial"):
+        os.truncate(path, good)
+    return progress
+
+
+class TokenSet(Sequence[Example]):
+    """A whole store, read through memory maps: opening it costs nothing, whatever its size.
+
+    Args:
+        folder: of the store.
+        dataset: name of the set that its rows come from.
+
+    Raises:
+        DataError: a file is missing or has another size than the journal says.
+    """
+
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.dataset = dataset
+        self.progress = progress = read_journal(folder)
+        sizes = {"ids": progress.tokens, "ends": progress.examples, "spans": 2 * progress.spans, "weights": progress.spans,
+                 "span_ends": progress.examples, "places": 3 * progress.examples}  # fmt: skip
+        self._columns = {name: _map(folder / name, _COLUMNS[name], count) for name, count in sizes.items()}
+        self._ends = self._columns["ends"]
+        self._span_ends = self._columns["span_ends"]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything in the store."""
+        return self.progress.digest
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 ``[N]``."""
+        return np.diff(self._ends, prepend=0)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Learned tokens of each row, int64 ``[N]``."""
+        bounds = self._columns["spans"].reshape(-1, 2).astype(np.int64)
+        learned = np.concatenate([[0], (bounds[:, 1] - np.maximum(bounds[:, 0], 1)).clip(min=0).cumsum()])
+        return np.diff(learned[self._span_ends], prepend=0)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """A number for each example's row, the same for all views of a row, int64 ``[N]``."""
+        places = self._columns["places"].reshape(-1, 3)
+        return (places[:, 0] << 40) + places[:, 1]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        ids = np.array(self.tokens(index))
+        begin = int(self._span_ends[index - 1]) if index else 0
+        end = int(self._span_ends[index])
+        bounds = self._columns["spans"][2 * begin : 2 * end].reshape(-1, 2).tolist()
+        factors = self._columns["weights"][begin:end].tolist()
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        weights = None if all(factor == 1 for factor in factors) else np.ones(len(ids), dtype=np.float32)
+        for (start, stop), factor in zip(bounds, factors, strict=True):
+            labels[start:stop] = ids[start:stop]
+            if weights is not None:
+                weights[start:stop] = factor
+        return Example(ids, labels, self.source(index), weights)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Token ids of a row, int32, not copied."""
+        begin = int(self._ends[index - 1]) if index else 0
+        return self._columns["ids"][begin : int(self._ends[index])]
+
+    def source(self, index: int) -> Source:
+        """Where a row comes from."""
+        file, row, line = self._columns["places"][3 * index : 3 * index + 3].tolist()
+        return Source(self.dataset, self.progress.files[file], row, line)
+
+
+def _map(path: Path, kind: str, count: int) -> np.ndarray:
+    expected = count * np.dtype(kind).itemsize
+    try:
+        found = path.stat().st_size
+    except OSError:
+        found = -1
+    if found != expected:
+        raise DataError(f"{path}: has {found} bytes, its journal says {expected}; delete {path.parent} and start again")
+    return np.memmap(path, dtype=kind, mode="r") if count else np.zeros(0, dtype=kind)
