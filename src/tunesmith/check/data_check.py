@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -27,6 +27,7 @@ _PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")
 _BINS = 20
 _WARNED = 100
 """Rows listed for one warning; errors are all listed."""
+_Seen = dict[int, tuple[Selection, int]]
 
 
 @dataclass
@@ -101,7 +102,7 @@ def _look_at_tokenizer(tokenizer: PreTrainedTokenizerBase, checked: Checked) -> 
 
 def _look_at_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
     data = config.data
-    seen: dict[int, Source] = {}
+    seen: _Seen = {}
     train = [_look_at_set(config, name, i, tokenizer, checked, seen) for i, name in enumerate(data.dataset)]
     held_out = [_look_at_set(config, name, 0, tokenizer, checked, seen, held_out=True) for name in data.eval_dataset]
     mixed = mix(data, [rows for rows in train if rows is not None], data_seed(config))
@@ -130,7 +131,7 @@ def _look_at_set(
     number: int,
     tokenizer: PreTrainedTokenizerBase,
     checked: Checked,
-    seen: dict[int, Source],
+    seen: _Seen,
     held_out: bool = False,
 ) -> Selection | None:
     """Examples of one set; its rows are counted and its problems listed."""
@@ -138,7 +139,7 @@ def _look_at_set(
     rows, duplicates = None, 0
     try:
         rows = load_set(config, name, number, tokenizer, report, stop=False)
-        duplicates = _repeated(_fingerprints(rows), checked, seen, held_out)
+        duplicates = _repeated(rows, checked, seen, held_out)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
     _list(report, checked)
@@ -148,29 +149,30 @@ def _look_at_set(
     return rows
 
 
-def _fingerprints(rows: Selection) -> Iterator[tuple[int, Source]]:
-    """One number for each row, made of the tokens of all its views."""
-    numbers = rows.rows.tolist()
-    total = 0
-    for index, number in enumerate(numbers):
-        value = hash(rows.tokens(index).tobytes())
-        total = hash((total, value)) if index and number == numbers[index - 1] else value
-        if index + 1 == len(numbers) or numbers[index + 1] != number:
-            yield total, rows.source(index)
+def _fingerprints(rows: Selection) -> Iterator[tuple[int, int]]:
+    """(hash of the tokens of all its views, number of the first of them) for each row."""
+    numbers = [*rows.rows.tolist(), -1]
+    first, total = 0, 0
+    for index in range(len(rows)):
+        total = hash((total, rows.tokens(index).tobytes()))
+        if numbers[index + 1] != numbers[index]:
+            yield total, first
+            first, total = index + 1, 0
 
 
-def _repeated(rows: Iterable[tuple[int, Source]], checked: Checked, seen: dict[int, Source], held_out: bool) -> int:
+def _repeated(rows: Selection, checked: Checked, seen: _Seen, held_out: bool) -> int:
+    """Count rows that hold the same tokens as an earlier one, and name the first of them."""
     count = 0
-    for value, source in rows:
-        first = seen.setdefault(value, source)
-        if first is source or first == source:
+    for value, index in _fingerprints(rows):
+        earlier, first = seen.setdefault(value, (rows, index))
+        if (earlier is rows and first == index) or (same := earlier.source(first)) == rows.source(index):
             continue
         count += 1
         if count <= _WARNED:
-            code, what = (
-                ("leak", "also trained on") if held_out and first.dataset != source.dataset else ("duplicate", "the same")
-            )
-            checked.warnings.append(_entry(code, f"{what}: {first}", source, fix="Leave one of the two out."))
+            leak = held_out and same.dataset != rows.source(index).dataset
+            code, what = ("leak", "also trained on") if leak else ("duplicate", "the same")
+            fix = "Leave one of the two out."
+            checked.warnings.append(_entry(code, f"{what}: {same}", rows.source(index), fix=fix))
     if count > _WARNED:
         checked.warnings.append(_entry("duplicate", f"and {count - _WARNED:,} more repeated rows"))
     return count

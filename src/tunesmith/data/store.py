@@ -305,4 +305,4 @@ def _map(path: Path, kind: str, count: int) -> np.ndarray:
         found = -1
     if found != expected:
         raise DataError(f"{path}: has {found} bytes, its journal says {expected}; delete {path.parent} and start again")
-    return np.memmap(path, dtype=kind, mode="r") if count else np.zeros(0, dtype=kind)
+    return np.asarray(np.memmap(path, dtype=kind, mode="r")) if count else np.zeros(0, dtype=kind)
