@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.bare import BareLoop
 from tunesmith.config.load import load_config
 from tunesmith.model.builtin import fetch
 from tunesmith.stages.run import build_trainer
 from tunesmith.train.progress import SilentReporter
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
 
 

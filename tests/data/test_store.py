@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, pack_report, unpack_report
 from tunesmith.data.selection import Blocks, Selection, draw, interleave, joined, split
 from tunesmith.data.store import JOURNAL, StoreWriter, TokenSet, partial
@@ -32,11 +33,18 @@ def make(count: int, seed: int = 0, file: str = "f.jsonl", views: int = 1) -> li
     return made
 
 
+def as_learned(example: Example) -> Learned:
+    """Every token a span of its own."""
+    factors = np.ones(len(example)) if example.weights is None else example.weights
+    where = np.flatnonzero(example.labels != IGNORE_INDEX).tolist()
+    return Learned(example.input_ids, tuple((i, i + 1, float(factors[i])) for i in where), example.source)
+
+
 def write(target: Path, examples: list[Example], chunk: int = 7) -> TokenSet:
     writer = StoreWriter(target)
     for begin in range(0, len(examples), chunk):
         part = examples[begin : begin + chunk]
-        writer.append(part, len(part), {"input"}, DataReport(read=len(part), kept=len(part)))
+        writer.append([as_learned(e) for e in part], len(part), {"input"}, DataReport(read=len(part), kept=len(part)))
     writer.finish()
     return TokenSet(target, "d")
 
@@ -76,8 +84,8 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(tmp_path: Path, torn: byte
     examples = make(40)
     whole = write(tmp_path / "whole", examples)
     writer = StoreWriter(tmp_path / "cut")
-    writer.append(examples[:7], 7, {"input"}, DataReport(read=7, kept=7))
-    writer.append(examples[7:14], 7, {"input"}, DataReport(read=7, kept=7))
+    writer.append([as_learned(e) for e in examples[:7]], 7, {"input"}, DataReport(read=7, kept=7))
+    writer.append([as_learned(e) for e in examples[7:14]], 7, {"input"}, DataReport(read=7, kept=7))
     writer.close()
     folder = partial(tmp_path / "cut")
     for name in ("ids", "ends", "places"):  # killed in the middle of the next chunk
@@ -89,7 +97,7 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(tmp_path: Path, torn: byte
     assert writer.progress.rows == 14
     for begin in range(14, 40, 7):
         part = examples[begin : begin + 7]
-        writer.append(part, len(part), {"input"}, DataReport(read=len(part), kept=len(part)))
+        writer.append([as_learned(e) for e in part], len(part), {"input"}, DataReport(read=len(part), kept=len(part)))
     writer.finish()
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
@@ -180,3 +188,15 @@ def test_blocks_are_the_stream_cut_up(tmp_path: Path) -> None:
         assert [b.source.row for b in blocks] == owners[: 16 * len(blocks) : 16]
         assert_same(blocks[-1], blocks[len(blocks) - 1])
     assert all(b.labels.tolist() == b.input_ids.tolist() for b in blocks)
+
+
+def test_parts_keep_what_is_learned_of_them() -> None:
+    row = Learned(np.arange(10, dtype=np.int32), ((0, 3, 1.0), (5, 9, 0.5)), Source("d", "f", 1, 1))
+    assert row.supervised == 2 + 4
+    assert row.part(2, 6).spans == ((0, 1, 1.0), (3, 4, 0.5))
+    assert row.part(2, 6).supervised == 1
+    assert row.part(3, 5).spans == ()
+    whole = row.example()
+    assert whole.labels.tolist() == [0, 1, 2, -100, -100, 5, 6, 7, 8, -100]
+    assert whole.weights is not None
+    assert whole.weights.tolist() == [1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 1]

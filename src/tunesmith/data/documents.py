@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport
 from tunesmith.data.tokenize import Text, TextEncoder
 from tunesmith.errors import TemplateError
-from tunesmith.types import IGNORE_INDEX, Document, Example
+from tunesmith.types import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +38,12 @@ class DocumentMaker:
         self._end = np.array([end], dtype=np.int32)
         self._encoder = encoder
 
-    def finish(self, documents: Sequence[Document], report: DataReport) -> list[Example]:
-        """One example for each document, nothing marked as learned: blocks decide that."""
+    def finish(self, documents: Sequence[Document], report: DataReport) -> list[Learned]:
+        """The tokens of each document, nothing marked as learned: blocks decide that."""
         texts = [Text(d.text, data=((0, len(d.text)),)) for d in documents]
-        examples = []
+        made = []
         for document, tokens in zip(documents, self._encoder.encode(texts), strict=True):
             ids = np.concatenate([self._opening, tokens.ids, self._end])
-            examples.append(Example(ids, np.full(len(ids), IGNORE_INDEX, dtype=np.int32), document.source))
-        report.kept += len(examples)
-        return examples
+            made.append(Learned(ids, (), document.source))
+        report.kept += len(made)
+        return made

@@ -26,6 +26,7 @@ from tunesmith.config.arguments import DatasetAttr
 from tunesmith.data.collector import collector_paused
 from tunesmith.data.convert import alternates, convert_document, convert_row
 from tunesmith.data.documents import DocumentMaker
+from tunesmith.data.learned import Learned
 from tunesmith.data.problem import BadRow, RowProblem
 from tunesmith.data.report import DataReport, Policy
 from tunesmith.data.sniff import Target
@@ -35,7 +36,7 @@ from tunesmith.data.supervised import ConversationMaker, Rendering
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import TextEncoder
 from tunesmith.data.truncate import Truncation
-from tunesmith.types import Conversation, Document, Example
+from tunesmith.types import Conversation, Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +87,7 @@ class Place:
 
 @dataclass
 class _Result:
-    examples: list[Example]
+    learned: list[Learned]
     rows: int
     columns: set[str]
     report: DataReport
@@ -126,7 +127,7 @@ def _write(target: Path, chunks: ChunkMaker, attr: DatasetAttr, dataset_dir: str
         with collector_paused():
             rows = read_rows(attr, dataset_dir, skip=writer.progress.rows, limit=limit)
             for result in _results(chunks, rows, place.workers):
-                writer.append(result.examples, result.rows, result.columns, result.report)
+                writer.append(result.learned, result.rows, result.columns, result.report)
                 if writer.progress.rows >= _PATIENCE:
                     writer.progress.report.raise_fatal(place.policy)
     except BaseException:
@@ -254,10 +255,10 @@ class ChunkMaker:
         """Tokenise and mask what was rendered."""
         result, made = rendered
         if self._documents is not None:
-            result.examples = self._documents.finish(made, result.report)
+            result.learned = self._documents.finish(made, result.report)
         else:
             assert self._dialogues is not None
-            result.examples = self._dialogues.finish(made, result.report)
+            result.learned = self._dialogues.finish(made, result.report)
         return result
 
 

@@ -19,9 +19,10 @@ from typing import IO, Any, overload
 
 import numpy as np
 
+from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, pack_report, unpack_report
 from tunesmith.errors import DataError
-from tunesmith.types import IGNORE_INDEX, Example, Source
+from tunesmith.types import Example, Source
 
 JOURNAL = "journal.jsonl"
 _COLUMNS = {"ids": "<i4", "ends": "<i8", "spans": "<i4", "weights": "<f4", "span_ends": "<i8", "places": "<i8"}
@@ -91,11 +92,11 @@ class StoreWriter:
         os.truncate(path, good)
         return path.open("ab")
 
-    def append(self, examples: Sequence[Example], rows: int, columns: set[str], report: DataReport) -> None:
+    def append(self, learned: Sequence[Learned], rows: int, columns: set[str], report: DataReport) -> None:
         """Write what one chunk of raw rows gave.
 
         Args:
-            examples: in order.
+            learned: in order.
             rows: raw rows that the chunk held.
             columns: declared columns seen in it.
             report: what became of the rows.
@@ -106,11 +107,11 @@ class StoreWriter:
         progress = self.progress
         known = {file: number for number, file in enumerate(progress.files)}
         new_files: list[str] = []
-        for example in examples:
-            if example.source.file not in known:
-                known[example.source.file] = len(known)
-                new_files.append(example.source.file)
-        parts = _columns_of(examples, known, progress)
+        for row in learned:
+            if row.source.file not in known:
+                known[row.source.file] = len(known)
+                new_files.append(row.source.file)
+        parts = _columns_of(learned, known, progress)
         digest = hashlib.sha256(progress.digest.encode())
         try:
             for name, values in parts.items():
@@ -119,7 +120,7 @@ class StoreWriter:
                 self._files[name].write(data)
                 self._files[name].flush()
             progress.rows += rows
-            progress.examples += len(examples)
+            progress.examples += len(learned)
             progress.tokens += len(parts["ids"])
             progress.spans += len(parts["weights"])
             progress.files += new_files
@@ -157,33 +158,17 @@ class StoreWriter:
         return [*self._files.values(), self._journal]
 
 
-def _columns_of(examples: Sequence[Example], files: dict[str, int], before: Progress) -> dict[str, np.ndarray]:
-    spans = [_spans(example) for example in examples]
-    lengths = np.array([len(example) for example in examples], dtype=np.int64)
-    counts = np.array([len(weights) for _, weights in spans], dtype=np.int64)
-    places = [(files[e.source.file], e.source.row, e.source.line) for e in examples]
-    empty = np.zeros(0, dtype=np.int64)
+def _columns_of(learned: Sequence[Learned], files: dict[str, int], before: Progress) -> dict[str, np.ndarray]:
+    spans = [span for row in learned for span in row.spans]
+    places = [place for row in learned for place in (files[row.source.file], row.source.row, row.source.line)]
     return {
-        "ids": np.concatenate([example.input_ids for example in examples]) if examples else empty,
-        "ends": before.tokens + lengths.cumsum(),
-        "spans": np.concatenate([bounds.ravel() for bounds, _ in spans]) if spans else empty,
-        "weights": np.concatenate([weights for _, weights in spans]) if spans else empty,
-        "span_ends": before.spans + counts.cumsum(),
-        "places": np.array(places, dtype=np.int64).ravel(),
+        "ids": np.concatenate([np.zeros(0, np.int32), *(row.ids for row in learned)]),
+        "ends": before.tokens + np.array([len(row.ids) for row in learned], dtype=np.int64).cumsum(),
+        "spans": np.array([bound for start, end, _ in spans for bound in (start, end)], dtype=np.int64),
+        "weights": np.array([weight for _, _, weight in spans], dtype=np.float64),
+        "span_ends": before.spans + np.array([len(row.spans) for row in learned], dtype=np.int64).cumsum(),
+        "places": np.array(places, dtype=np.int64),
     }
-
-
-def _spans(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds ``[n, 2]`` of the stretches that are learned with one weight, and the weights ``[n]``."""
-    factors = (example.labels != IGNORE_INDEX).astype(np.float32)
-    if example.weights is not None:
-        factors = np.where(example.labels != IGNORE_INDEX, example.weights, np.float32(-1))
-    else:
-        factors = np.where(factors > 0, np.float32(1), np.float32(-1))
-    edges = np.flatnonzero(np.diff(factors, prepend=np.float32(-2), append=np.float32(-2)))
-    starts, ends = edges[:-1], edges[1:]
-    learned = factors[starts] >= 0
-    return np.stack([starts[learned], ends[learned]], axis=1), factors[starts[learned]]
 
 
 def _unwritable(folder: Path, error: OSError) -> DataError:
@@ -270,18 +255,12 @@ class TokenSet(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        ids = np.array(self.tokens(index))
         begin = int(self._span_ends[index - 1]) if index else 0
         end = int(self._span_ends[index])
         bounds = self._columns["spans"][2 * begin : 2 * end].reshape(-1, 2).tolist()
-        factors = self._columns["weights"][begin:end].tolist()
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        weights = None if all(factor == 1 for factor in factors) else np.ones(len(ids), dtype=np.float32)
-        for (start, stop), factor in zip(bounds, factors, strict=True):
-            labels[start:stop] = ids[start:stop]
-            if weights is not None:
-                weights[start:stop] = factor
-        return Example(ids, labels, self.source(index), weights)
+        weights = self._columns["weights"][begin:end].tolist()
+        spans = tuple((start, stop, weight) for (start, stop), weight in zip(bounds, weights, strict=True))
+        return Learned(np.array(self.tokens(index)), spans, self.source(index)).example()
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

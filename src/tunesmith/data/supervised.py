@@ -7,14 +7,13 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, Kind, reasons
 from tunesmith.data.template import ChatTemplate, Rendered
 from tunesmith.data.tokenize import Text, TextEncoder, Tokens
-from tunesmith.data.truncate import Truncation, head_of, keep_end, parts_of
+from tunesmith.data.truncate import Truncation, keep_end
 from tunesmith.errors import DataError, TemplateError
-from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message
+from tunesmith.types import Conversation, Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +54,7 @@ def preprocess_data(
     stream = iter(conversations)
     while chunk := list(islice(stream, _CHUNK)):
         rendered = [maker.render(conversation, report) for conversation in chunk]
-        examples += maker.finish([r for r in rendered if r is not None], report)
+        examples += [row.example() for row in maker.finish([r for r in rendered if r is not None], report)]
     if not examples:
         raise DataError("no trainable tokens in any row:\n  " + reasons(report.of("unreadable", "uncertified", "dropped")))
     return examples
@@ -90,30 +89,38 @@ class ConversationMaker:
             report.add("uncertified", "uncertified", str(error), conversation.source, fix)
             return None
 
-    def finish(self, rows: Sequence[Rendering], report: DataReport) -> list[Example]:
-        """Examples of many rows, tokenised together."""
+    def finish(self, rows: Sequence[Rendering], report: DataReport) -> list[Learned]:
+        """Tokens and masks of many rows, tokenised together."""
         tokens = iter(self.encoder.encode([_text(view) for _, views in rows for view in views]))
-        made = [self._row(conversation, views, [next(tokens) for _ in views], report) for conversation, views in rows]
-        return [example for examples in made for example in examples]
+        made: list[Learned] = []
+        for conversation, views in rows:
+            self._row(conversation, views, [next(tokens) for _ in views], report, made)
+        return made
 
     def _row(
-        self, conversation: Conversation, views: Sequence[Rendered], tokens: Sequence[Tokens], report: DataReport
-    ) -> list[Example]:
+        self,
+        conversation: Conversation,
+        views: Sequence[Rendered],
+        tokens: Sequence[Tokens],
+        report: DataReport,
+        made: list[Learned],
+    ) -> None:
         self._remark(conversation, views, tokens, report)
-        examples = [_example(conversation, view, made) for view, made in zip(views, tokens, strict=True)]
-        if any(len(example.input_ids) > self.cutoff_len for example in examples):
-            examples = self._shorten(conversation, examples, report)
-            if not examples:
-                return []
-        counts = [count_supervised(example.labels) for example in examples]
-        learned = [example for example, count in zip(examples, counts, strict=True) if count]
-        if not learned:
+        rows = [_learned(conversation, view, one) for view, one in zip(views, tokens, strict=True)]
+        if any(len(row.ids) > self.cutoff_len for row in rows):
+            rows = self._shorten(conversation, rows, report)
+            if not rows:
+                return
+        counts = [row.supervised for row in rows]
+        if not any(counts):
             _left_out(report, conversation, "nothing-to-learn", "no trainable token")
-            return []
+            return
         report.kept += 1
-        report.tokens += sum(len(example.input_ids) for example in learned)
         report.supervised += sum(counts)
-        return learned
+        for row, count in zip(rows, counts, strict=True):
+            if count:
+                report.tokens += len(row.ids)
+                made.append(row)
 
     @staticmethod
     def _remark(conversation: Conversation, views: Sequence[Rendered], tokens: Sequence[Tokens], report: DataReport) -> None:
@@ -127,25 +134,24 @@ class ConversationMaker:
 
     # ---- rows that are too long
 
-    def _shorten(self, conversation: Conversation, examples: list[Example], report: DataReport) -> list[Example]:
-        """What is learned of a row of which some example is too long; the row is counted as cut or as left out."""
-        limit, longest = self.cutoff_len, max(map(len, examples))
+    def _shorten(self, conversation: Conversation, rows: list[Learned], report: DataReport) -> list[Learned]:
+        """What is learned of a row of which some view is too long; the row is counted as cut or as left out."""
+        limit, longest = self.cutoff_len, max(len(row.ids) for row in rows)
         if self.truncation in ("error", "drop"):
-            message = f"longer than cutoff_len {limit}"
             kind: Kind = "uncertified" if self.truncation == "error" else "dropped"
             fix = f"Raise cutoff_len to {longest}, or choose another truncation." if kind == "uncertified" else ""
-            report.add(kind, "too-long", message, conversation.source, fix)
+            report.add(kind, "too-long", f"longer than cutoff_len {limit}", conversation.source, fix)
             return []
         if self.truncation == "keep_end":
-            shortened = self._keep_end(conversation, examples)
+            shortened = self._keep_end(conversation)
             how = "oldest turns, or the head of the question, left out"
         elif self.truncation == "keep_start":
-            shortened = [example if len(example) <= limit else head_of(example, limit) for example in examples]
+            shortened = [row.part(0, limit) for row in rows]
             how = "end cut off and not learned"
         else:
-            shortened = [part for example in examples for part in parts_of(example, limit)]
+            shortened = [row.part(i, i + limit) for row in rows for i in range(0, len(row.ids), limit)]
             how = "split into several"
-        learned = [example for example in shortened if count_supervised(example.labels)]
+        learned = [row for row in shortened if row.supervised]
         if not learned:
             why = "the answer alone is too long" if self.truncation == "keep_end" else "no answer token is left"
             _left_out(report, conversation, "too-long", f"longer than cutoff_len {limit}, and {why}")
@@ -153,25 +159,22 @@ class ConversationMaker:
         report.add("cut", "truncated", f"longer than cutoff_len {limit}: {how}", conversation.source)
         return learned
 
-    def _keep_end(self, conversation: Conversation, examples: list[Example]) -> list[Example]:
-        if all(len(example) <= self.cutoff_len for example in examples):
-            return examples
-
+    def _keep_end(self, conversation: Conversation) -> list[Learned]:
         def fits(messages: tuple[Message, ...]) -> bool:
             made = self._encode(replace(conversation, messages=messages))
-            return made is not None and all(len(example) <= self.cutoff_len for example in made)
+            return made is not None and all(len(row.ids) <= self.cutoff_len for row in made)
 
         messages = keep_end(conversation.messages, fits)
         return [] if messages is None else self._encode(replace(conversation, messages=messages)) or []
 
-    def _encode(self, conversation: Conversation) -> list[Example] | None:
-        """Examples of one row; None where the template refuses it."""
+    def _encode(self, conversation: Conversation) -> list[Learned] | None:
+        """The views of one row; None where the template refuses it."""
         try:
             views = self.template.views(conversation.messages, conversation.tools)
         except TemplateError:
             return None
         tokens = self.encoder.encode([_text(view) for view in views])
-        return [_example(conversation, view, made) for view, made in zip(views, tokens, strict=True)]
+        return [_learned(conversation, view, made) for view, made in zip(views, tokens, strict=True)]
 
 
 def _left_out(report: DataReport, conversation: Conversation, code: str, message: str) -> None:
@@ -182,18 +185,8 @@ def _text(view: Rendered) -> Text:
     return Text(view.text, tuple((turn.start, turn.end) for turn in view.turns), view.data)
 
 
-def _example(conversation: Conversation, view: Rendered, tokens: Tokens) -> Example:
-    """The tokens of a view with its labels, and the weights of its turns where they are not all 1."""
-    labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int32)
-    factors = [conversation.messages[turn.index].weight for turn in view.turns]
-    weights = None if all(factor == 1 for factor in factors) else np.ones(len(tokens.ids), dtype=np.float32)
-    for (begin, end), factor in zip(tokens.spans, factors, strict=True):
-        labels[begin:end] = tokens.ids[begin:end]
-        if weights is not None:
-            weights[begin:end] = factor
-    return Example(tokens.ids, labels, conversation.source, weights)
-
-
-def count_supervised(labels: np.ndarray) -> int:
-    """Tokens that are learned: supervised ones, the first of the row excepted (nothing predicts it)."""
-    return int((labels[1:] != IGNORE_INDEX).sum())
+def _learned(conversation: Conversation, view: Rendered, tokens: Tokens) -> Learned:
+    messages = conversation.messages
+    spans = zip(view.turns, tokens.spans, strict=True)
+    learned = tuple((start, end, messages[turn.index].weight) for turn, (start, end) in spans)
+    return Learned(tokens.ids, learned, conversation.source)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
-from tunesmith.types import Example, Message
+from tunesmith.types import Message
 
 Truncation = Literal["error", "drop", "keep_end", "keep_start", "split"]
 Fits = Callable[[tuple[Message, ...]], bool]
@@ -60,19 +58,3 @@ def _without_head(messages: tuple[Message, ...], question: int, fits: Fits) -> t
         middle = (low + high) // 2
         low, high = (middle, high) if fits(keeping(middle)) else (low, middle)
     return keeping(low)
-
-
-def head_of(example: Example, length: int) -> Example:
-    """The first ``length`` tokens."""
-    return _part(example, 0, length)
-
-
-def parts_of(example: Example, length: int) -> list[Example]:
-    """All tokens, in parts of at most ``length``."""
-    return [_part(example, begin, begin + length) for begin in range(0, len(example), length)]
-
-
-def _part(example: Example, begin: int, end: int) -> Example:
-    part = slice(begin, end)
-    weights: np.ndarray | None = None if example.weights is None else example.weights[part]
-    return Example(example.input_ids[part], example.labels[part], example.source, weights)
