@@ -32,7 +32,7 @@ _PUBLIC = {
     "load_config": "tunesmith.config.load",
     "plot_loss": "tunesmith.report.plot",
     "prepare_data": "tunesmith.data.prepare",
-    "preprocess_data": "tunesmith.data.supervised",
+    "preprocess_data": "tunesmith.data.preprocess",
     "print_dataset_example": "tunesmith.check.preview",
     "run": "tunesmith.stages.run",
     "smooth": "tunesmith.report.plot",

@@ -113,6 +113,16 @@ class Feedback:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """A dialogue that the model is to go on with, and the answer that the data give (empty: none)."""
+
+    messages: tuple[Message, ...]
+    reference: str
+    source: Source
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """Plain text to go on from, for pretraining."""
 
@@ -120,7 +130,7 @@ class Document:
     source: Source
 
 
-Row = Conversation | PreferencePair | Feedback | Document
+Row = Conversation | PreferencePair | Feedback | Prompt | Document
 """What ``data/convert.py`` makes of a raw row; nothing after it looks at columns."""
 
 

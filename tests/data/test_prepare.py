@@ -10,8 +10,8 @@ from tests.conftest import SHARED, make_rows, tunesmith, write_dataset
 from tunesmith.config.arguments import DataArguments
 from tunesmith.data.collator import collate
 from tunesmith.data.prepare import prepare_data
+from tunesmith.data.preprocess import preprocess_data
 from tunesmith.data.report import DataReport
-from tunesmith.data.supervised import preprocess_data
 from tunesmith.errors import DataError
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message, Source
 
@@ -20,9 +20,7 @@ def prepare(model: Path, folder: Path, name: str = "rows", **values: Any) -> tup
     report = DataReport()
     args = DataArguments(dataset=name, dataset_dir=str(folder), **values)
     conversations = list(prepare_data(args, args.dataset, report))
-    return preprocess_data(
-        conversations, AutoTokenizer.from_pretrained(model), args.cutoff_len, report, truncation=args.truncation
-    ), report
+    return preprocess_data(conversations, AutoTokenizer.from_pretrained(model), args, report), report
 
 
 def test_every_row_is_accounted_for(tiny_model: Path, tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_real_ids_are_those_of_apply_chat_template(tiny_model: Path) -> None:
     report = DataReport()
     args = DataArguments(dataset="alpaca_zh_demo", dataset_dir=str(folder), max_samples=50, cutoff_len=8192)
     conversations = list(prepare_data(args, args.dataset, report))
-    examples = preprocess_data(conversations, tokenizer, args.cutoff_len, report)
+    examples = preprocess_data(conversations, tokenizer, args, report)
     for conversation, example in zip(conversations, examples, strict=True):
         plain = [{"role": m.role, "content": m.content} for m in conversation.messages]
         assert example.input_ids.tolist() == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
@@ -113,7 +111,7 @@ def test_a_turn_that_is_rewritten_later_is_learned_as_it_was_said(tiny_model: Pa
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = THINKING.replace("\\\n", "")
     report = DataReport()
-    examples = preprocess_data([dialogue(1, 1)], tokenizer, 512, report)
+    examples = preprocess_data([dialogue(1, 1)], tokenizer, DataArguments(cutoff_len=512), report)
     learned = [tokenizer.decode(e.input_ids[e.labels != IGNORE_INDEX]) for e in examples]
     assert learned == ["<think>mat 0</think>sat 0<|im_end|>", "<think>mat 1</think>sat 1<|im_end|>"]
     assert report.kept == 1
@@ -128,7 +126,7 @@ def test_a_turn_that_is_rewritten_later_is_learned_as_it_was_said(tiny_model: Pa
 
 def test_weights_of_turns_reach_their_tokens(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    (example,) = preprocess_data([dialogue(0.5, 0, 1)], tokenizer, 512, DataReport())
+    (example,) = preprocess_data([dialogue(0.5, 0, 1)], tokenizer, DataArguments(cutoff_len=512), DataReport())
     assert example.weights is not None
     learned = example.labels != IGNORE_INDEX
     pieces = {w: tokenizer.decode(example.input_ids[learned & (example.weights == w)]) for w in (0.5, 1.0)}

@@ -11,9 +11,9 @@ from tests.conftest import SHARED, tunesmith, write_dataset
 from tunesmith.config.arguments import DataArguments, DatasetAttr
 from tunesmith.data.convert import convert_row
 from tunesmith.data.prepare import prepare_data
+from tunesmith.data.preprocess import preprocess_data
 from tunesmith.data.report import DataReport
 from tunesmith.data.sniff import settle
-from tunesmith.data.supervised import preprocess_data
 from tunesmith.errors import DataError
 from tunesmith.types import Source
 
@@ -92,7 +92,7 @@ def test_real_tool_calls_are_rendered_as_the_library_does(name: str) -> None:
     assert report.read == len(conversations) == 300
     assert sum(bool(m.tool_calls) for c in conversations for m in c.messages) > 200
     conversations = conversations[:60]
-    examples = preprocess_data(conversations, tokenizer, args.cutoff_len, report)
+    examples = preprocess_data(conversations, tokenizer, args, report)
     by_row = {example.source.row: example for example in examples}
     for conversation in conversations:
         plain = [

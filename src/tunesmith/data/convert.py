@@ -1,4 +1,4 @@
-"""The only place that looks at a raw row's columns: row -> ``Conversation`` or ``Document``."""
+"""Raw row -> ``Conversation`` or ``Document``. With ``preference.py``, the only place that looks at a row's columns."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from tunesmith.data.problem import RowProblem
 from tunesmith.data.values import text, type_name
 from tunesmith.errors import DataError
 from tunesmith.types import Conversation, Document, Message, Source, Tools
+
+OPENAI_KEYS = keys_of(DatasetAttr(dataset_name="", formatting="openai", role_tag="role", content_tag="content"))
+"""How turns are written where a column of single texts holds turns all the same."""
 
 
 def convert_row(
@@ -34,16 +37,64 @@ def convert_row(
         DataError: the data set names no column that the layout needs.
         RowProblem: a column is missing, or the row is empty or malformed.
     """
-    messages = _alpaca(row, attr, source) if attr.formatting == "alpaca" else _chat(row, attr, source, keys_of(attr))
-    if default_system is not None and (not messages or messages[0].role != "system"):
-        messages.insert(0, Message("system", default_system))
+    messages = read_question(row, attr, source)
+    if attr.formatting == "alpaca":
+        name = required(attr.response_column, "response", attr, source)
+        messages += read_answer(column(row, name, "response", source), OPENAI_KEYS, name)
     if not any(m.role == "assistant" and m.weight > 0 for m in messages):
         raise RowProblem("no-answer", "no assistant turn to learn", "Add an answer, or leave the row out.")
+    return Conversation(completed(messages, attr, default_system, placeholders), source, tools_of(row, attr))
+
+
+def read_question(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[Message]:
+    """The turns of a row but for an answer in a column of its own: in the chat layouts, all that its list of turns holds.
+
+    Raises:
+        DataError: the data set names no column that the layout needs.
+        RowProblem: a column is missing, or the row is empty or malformed.
+    """
+    if attr.formatting == "alpaca":
+        return _alpaca(row, attr, source)
+    return _chat(row, attr, source, keys_of(attr))
+
+
+def read_answer(value: Any, keys: Keys, name: str, what: str = "the answer") -> list[Message]:
+    """The assistant's turns in a column of their own: a text, one turn, or a list of turns.
+
+    Raises:
+        RowProblem: empty, malformed, or not begun by the assistant.
+    """
+    if holds_turns(value):
+        messages = read_turns(value if isinstance(value, list) else [value], keys, name, f"turn of {what},")
+        if messages[0].role != "assistant":
+            message = f"{what}, column {name!r}, begins with a turn by the {messages[0].role}, expected the assistant's"
+            raise RowProblem("bad-answer", message, "Move what comes before the answer to the prompt.")
+        return messages
+    answer = text(value, "column", name)
+    return [Message("assistant", filled(answer, "empty-answer", f"{what}, column {name!r}, is empty"))]
+
+
+def holds_turns(value: Any) -> bool:
+    """Whether a value is a turn or a list of turns, not a text."""
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value))
+
+
+def completed(
+    messages: list[Message], attr: DatasetAttr, default_system: str | None, placeholders: Mapping[str, str] | None
+) -> tuple[Message, ...]:
+    """The messages with what the settings add to every row."""
+    if default_system is not None and messages[0].role != "system":
+        messages = [Message("system", default_system), *messages]
     if attr.source_prefix:
         messages = _with_prefix(messages, attr.source_prefix)
-    if placeholders:
-        messages = [replace(m, content=fill(m.content, placeholders)) if "{{" in m.content else m for m in messages]
-    return Conversation(tuple(messages), source, _tools(row, attr))
+    return with_placeholders(messages, placeholders)
+
+
+def with_placeholders(messages: Sequence[Message], placeholders: Mapping[str, str] | None) -> tuple[Message, ...]:
+    """The messages with each ``{{name}}`` of ``placeholders`` replaced."""
+    if not placeholders:
+        return tuple(messages)
+    return tuple(replace(m, content=fill(m.content, placeholders)) if "{{" in m.content else m for m in messages)
 
 
 def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> Document:
@@ -54,7 +105,7 @@ def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) 
     """
     plain = source.file.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
     name = "text" if plain or attr.prompt_column is None else attr.prompt_column
-    content = text(_column(row, name, "text", source), "column", name)
+    content = text(column(row, name, "text", source), "column", name)
     return Document(filled(content, "empty-text", f"column {name!r} is empty"), source)
 
 
@@ -86,7 +137,15 @@ def _with_prefix(messages: list[Message], prefix: str) -> list[Message]:
     return messages
 
 
-def _column(row: Mapping[str, Any], name: str, what: str, source: Source) -> Any:
+def required(name: str | None, what: str, attr: DatasetAttr, source: Source) -> str:
+    """The column of that name. Raises DataError where the data set names none."""
+    if name is None:
+        raise DataError(f"data set {source.dataset!r}: columns must name {what} for the {attr.formatting} layout")
+    return name
+
+
+def column(row: Mapping[str, Any], name: str, what: str, source: Source) -> Any:
+    """The value of a column. Raises RowProblem ``missing-column``."""
     if name not in row:
         found = ", ".join(map(repr, list(row)[:8])) or "none"
         raise RowProblem(
@@ -104,20 +163,21 @@ def _system(row: Mapping[str, Any], attr: DatasetAttr) -> list[Message]:
     return [Message("system", text(row[attr.system_column], "column", attr.system_column))]
 
 
-def _tools(row: Mapping[str, Any], attr: DatasetAttr) -> Tools:
+def tools_of(row: Mapping[str, Any], attr: DatasetAttr) -> Tools:
+    """Functions that the model may call. Raises RowProblem ``bad-tools``."""
     return read_tools(row.get(attr.tools_column), attr.tools_column) if attr.tools_column else ()
 
 
 def _alpaca(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[Message]:
-    if attr.prompt_column is None or attr.response_column is None:
-        raise DataError(f"data set {source.dataset!r}: columns must name prompt and response for the alpaca layout")
-    prompt = text(_column(row, attr.prompt_column, "prompt", source), "column", attr.prompt_column)
-    response = text(_column(row, attr.response_column, "response", source), "column", attr.response_column)
-    query = text(row.get(attr.query_column), "column", attr.query_column) if attr.query_column else ""
+    name = required(attr.prompt_column, "prompt", attr, source)
+    value = column(row, name, "prompt", source)
     history = _history(row.get(attr.history_column), attr.history_column) if attr.history_column else []
+    if holds_turns(value):
+        return [*_system(row, attr), *history, *read_turns(value if isinstance(value, list) else [value], OPENAI_KEYS, name)]
+    prompt = text(value, "column", name)
+    query = text(row.get(attr.query_column), "column", attr.query_column) if attr.query_column else ""
     question = filled("\n".join(part for part in (prompt, query) if part), "empty-prompt", "the prompt is empty")
-    answer = filled(response, "empty-answer", f"the answer, column {attr.response_column!r}, is empty")
-    return [*_system(row, attr), *history, Message("user", question), Message("assistant", answer)]
+    return [*_system(row, attr), *history, Message("user", question)]
 
 
 def _history(value: Any, column: str) -> list[Message]:
@@ -135,9 +195,8 @@ def _history(value: Any, column: str) -> list[Message]:
 
 
 def _chat(row: Mapping[str, Any], attr: DatasetAttr, source: Source, keys: Keys) -> list[Message]:
-    if attr.messages_column is None:
-        raise DataError(f"data set {source.dataset!r}: columns must name messages for the {attr.formatting} layout")
-    messages = read_turns(_column(row, attr.messages_column, "turns", source), keys, attr.messages_column)
+    name = required(attr.messages_column, "messages", attr, source)
+    messages = read_turns(column(row, name, "turns", source), keys, name)
     system = _system(row, attr)
     if system and messages[0].role == "system":
         if messages[0].content != system[0].content:

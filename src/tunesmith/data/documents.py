@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport
-from tunesmith.data.tokenize import Text, TextEncoder
+from tunesmith.data.tokenize import Job, Text, TextEncoder, Tokens
 from tunesmith.errors import TemplateError
 from tunesmith.types import Document
 
@@ -36,14 +36,20 @@ class DocumentMaker:
             )
         self._opening = np.array([i for i in tokenizer("")["input_ids"] if i != end], dtype=np.int32)
         self._end = np.array([end], dtype=np.int32)
-        self._encoder = encoder
+        self.encoder = encoder
 
-    def finish(self, documents: Sequence[Document], report: DataReport) -> list[Learned]:
+    def render(self, row: Document, report: DataReport) -> Document:
+        """A document needs no rendering."""
+        return row
+
+    def plan(self, rendered: Sequence[Document]) -> Job:
+        """The texts; what they spell is never special."""
+        return self.encoder.plan([Text(d.text, data=((0, len(d.text)),)) for d in rendered])
+
+    def finish(self, rendered: Sequence[Document], tokens: Iterable[Tokens], report: DataReport) -> list[Learned]:
         """The tokens of each document, nothing marked as learned: blocks decide that."""
-        texts = [Text(d.text, data=((0, len(d.text)),)) for d in documents]
         made = []
-        for document, tokens in zip(documents, self._encoder.encode(texts), strict=True):
-            ids = np.concatenate([self._opening, tokens.ids, self._end])
-            made.append(Learned(ids, (), document.source))
+        for document, own in zip(rendered, tokens, strict=True):
+            made.append(Learned(np.concatenate([self._opening, own.ids, self._end]), (), document.source))
         report.kept += len(made)
         return made

@@ -16,11 +16,15 @@ class Learned(NamedTuple):
         ids: int32 array ``[L]``.
         spans: (start, end, weight) of each learned stretch, disjoint and in order.
         source: the row it was made from.
+        good: of feedback and of the two answers of a pair, whether it is a good or the better one.
+        reference: of a prompt, the answer that the data give.
     """
 
     ids: np.ndarray
     spans: tuple[tuple[int, int, float], ...]
     source: Source
+    good: bool = True
+    reference: str = ""
 
     @property
     def supervised(self) -> int:
@@ -31,7 +35,7 @@ class Learned(NamedTuple):
         """Tokens ``begin:end`` with what is learned of them."""
         end = min(end, len(self.ids))
         clipped = ((max(a, begin) - begin, min(b, end) - begin, weight) for a, b, weight in self.spans)
-        return Learned(self.ids[begin:end], tuple(span for span in clipped if span[0] < span[1]), self.source)
+        return self._replace(ids=self.ids[begin:end], spans=tuple(span for span in clipped if span[0] < span[1]))
 
     def example(self) -> Example:
         """With labels, and with weights where they are not all 1."""

@@ -12,13 +12,13 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
@@ -26,22 +26,30 @@ from tunesmith.config.arguments import DatasetAttr
 from tunesmith.data.collector import collector_paused
 from tunesmith.data.convert import alternates, convert_document, convert_row
 from tunesmith.data.documents import DocumentMaker
+from tunesmith.data.feedback import FeedbackMaker
 from tunesmith.data.learned import Learned
+from tunesmith.data.maker import DialogueMaker, Limits, Maker
+from tunesmith.data.pairwise import PairMaker
+from tunesmith.data.preference import convert_feedback, convert_pair, convert_prompt
 from tunesmith.data.problem import BadRow, RowProblem
+from tunesmith.data.prompts import PromptMaker
 from tunesmith.data.report import DataReport, Policy
 from tunesmith.data.sniff import Target
 from tunesmith.data.source import RawRow, data_files, file_sha, read_rows
 from tunesmith.data.store import StoreWriter, TokenSet, partial
-from tunesmith.data.supervised import ConversationMaker, Rendering
+from tunesmith.data.supervised import ConversationMaker
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.tokenize import TextEncoder
+from tunesmith.data.tokenize import Encodings, Job, TextEncoder
 from tunesmith.data.truncate import Truncation
-from tunesmith.types import Conversation, Document
+from tunesmith.types import Document, Message, PreferencePair, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 1000
+_T = TypeVar("_T")
+Batch = list[RawRow | BadRow]
+CHUNK = 500
+_AHEAD = 2
 _PATIENCE = 20_000
 """Rows that are looked at before rows that end the run end it; smaller sets are looked at whole."""
 _OUT_OF_TURN = "user and assistant do not speak by turns, the user first; learned as the template shows it"
@@ -86,7 +94,16 @@ class Place:
 
 
 @dataclass
-class _Result:
+class Result:
+    """What a chunk of raw rows gives.
+
+    Attributes:
+        learned: the tokenised rows, in order.
+        rows: raw rows that the chunk held.
+        columns: declared columns seen in it.
+        report: what became of the rows.
+    """
+
     learned: list[Learned]
     rows: int
     columns: set[str]
@@ -136,29 +153,26 @@ def _write(target: Path, chunks: ChunkMaker, attr: DatasetAttr, dataset_dir: str
     writer.finish()
 
 
-def _results(chunks: ChunkMaker, rows: Iterable[RawRow | BadRow], workers: int) -> Iterator[_Result]:
+def _results(chunks: ChunkMaker, rows: Iterable[RawRow | BadRow], workers: int) -> Iterator[Result]:
     """What each chunk gives, in order."""
     stream = iter(rows)
     batches = iter(lambda: list(islice(stream, CHUNK)), [])
     if workers > 0:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(chunks,)) as pool:
-            yield from _in_order(pool, (lambda batch=batch: pool.submit(_work, batch) for batch in batches), 2 * workers)
+            yield from _in_order((pool.submit(_work, batch) for batch in batches), 2 * workers)
     else:
-        with ThreadPoolExecutor(1) as pool:
-            yield from _in_order(pool, (_begin(chunks, batch, pool) for batch in batches), 1)
+        with ThreadPoolExecutor(_AHEAD) as pool:  # a thread waits for Python's lock while the other one tokenises
+            steps = (chunks.begin(batch) for batch in batches)
+            for step in _in_order((pool.submit(chunks.tokenise, step) for step in steps), _AHEAD):
+                yield chunks.finish(step)
 
 
-def _begin(chunks: ChunkMaker, batch: list[RawRow | BadRow], pool: Executor) -> Any:
-    rendered = chunks.render(batch)
-    return lambda: pool.submit(chunks.finish, rendered)
-
-
-def _in_order(pool: Executor, jobs: Iterable[Any], ahead: int) -> Iterator[_Result]:
-    """Start jobs, at most ``ahead`` of them before the oldest result is taken."""
-    waiting: deque[Future[_Result]] = deque()
-    for start in jobs:
-        waiting.append(start())
+def _in_order(jobs: Iterable[Future[_T]], ahead: int) -> Iterator[_T]:
+    """Results in order; at most ``ahead`` jobs are under way when the oldest result is waited for."""
+    waiting: deque[Future[_T]] = deque()
+    for job in jobs:
+        waiting.append(job)
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:
@@ -174,14 +188,23 @@ def _start_worker(chunks: ChunkMaker) -> None:
     _worker = chunks
 
 
-def _work(batch: list[RawRow | BadRow]) -> _Result:
+def _work(batch: Batch) -> Result:
     assert _worker is not None
     with collector_paused():
-        return _worker.finish(_worker.render(batch))
+        return _worker.make(batch)
+
+
+class Step(NamedTuple):
+    """A chunk under way: what is known of it, what was rendered, what is to be tokenised, and was."""
+
+    result: Result
+    rendered: list[Any]
+    job: Job
+    encoded: Encodings | None = None
 
 
 class ChunkMaker:
-    """Makes examples of chunks of raw rows, in two steps: the first needs Python's lock, the second mostly does not.
+    """Makes tokenised rows of chunks of raw rows, in three steps; the middle one, the longest, does without Python's lock.
 
     Args:
         attr: the set.
@@ -199,12 +222,7 @@ class ChunkMaker:
         self._set_up()
 
     def _set_up(self) -> None:
-        encoder = TextEncoder(self.tokenizer)
-        self._documents = DocumentMaker(self.tokenizer, encoder) if self.recipe.target == "document" else None
-        self._dialogues = None
-        if self.recipe.target == "conversation":
-            template = ChatTemplate(self.tokenizer, self.recipe.date)
-            self._dialogues = ConversationMaker(template, encoder, self.recipe.cutoff_len, self.recipe.truncation)
+        self.maker, self.template_source = make_maker(self.recipe, self.tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"attr": self.attr, "recipe": self.recipe, "tokenizer": self.tokenizer, "_declared": self._declared}
@@ -213,14 +231,13 @@ class ChunkMaker:
         self.__dict__.update(state)
         self._set_up()
 
-    @property
-    def template_source(self) -> str:
-        """The chat template, or nothing for documents."""
-        return "" if self._dialogues is None else self._dialogues.template.source
+    def make(self, batch: Batch) -> Result:
+        """All three steps."""
+        return self.finish(self.tokenise(self.begin(batch)))
 
-    def render(self, batch: list[RawRow | BadRow]) -> tuple[_Result, list[Document] | list[Rendering]]:
+    def begin(self, batch: Batch) -> Step:
         """Convert rows and render them."""
-        result = _Result([], len(batch), set(), DataReport(read=len(batch)))
+        result = Result([], len(batch), set(), DataReport(read=len(batch)))
         good: list[RawRow] = []
         for row in batch:
             if isinstance(row, BadRow):
@@ -232,53 +249,67 @@ class ChunkMaker:
             if missing and not missing.isdisjoint(row.columns):
                 missing.difference_update(row.columns)
         result.columns = self._declared - missing
-        if self._documents is not None:
-            return result, self._read_documents(good, result.report)
-        return result, self._read_dialogues(good, result.report)
+        converted = convert_rows(good, self.attr, self.recipe, result.report)
+        rendered = [made for one in converted if (made := self.maker.render(one, result.report)) is not None]
+        return Step(result, rendered, self.maker.plan(rendered))
 
-    def _read_documents(self, rows: list[RawRow], report: DataReport) -> list[Document]:
-        documents = []
-        for row, source in rows:
-            try:
-                documents.append(convert_document(row, self.attr, source))
-            except RowProblem as problem:
-                report.problem(problem, source)
-        return documents
+    def tokenise(self, step: Step) -> Step:
+        """Tokenise what was rendered."""
+        return step._replace(encoded=self.maker.encoder.run(step.job))
 
-    def _read_dialogues(self, rows: list[RawRow], report: DataReport) -> list[Rendering]:
-        assert self._dialogues is not None
-        conversations = read_conversations(rows, self.attr, self.recipe, report)
-        rendered = [self._dialogues.render(conversation, report) for conversation in conversations]
-        return [made for made in rendered if made is not None]
-
-    def finish(self, rendered: tuple[_Result, Any]) -> _Result:
-        """Tokenise and mask what was rendered."""
-        result, made = rendered
-        if self._documents is not None:
-            result.learned = self._documents.finish(made, result.report)
-        else:
-            assert self._dialogues is not None
-            result.learned = self._dialogues.finish(made, result.report)
-        return result
+    def finish(self, step: Step) -> Result:
+        """Make masks."""
+        assert step.encoded is not None
+        tokens = self.maker.encoder.locate(step.job, step.encoded)
+        step.result.learned = self.maker.finish(step.rendered, tokens, step.result.report)
+        return step.result
 
 
-def read_conversations(rows: Iterable[RawRow], attr: DatasetAttr, recipe: Recipe, report: DataReport) -> Iterator[Conversation]:
-    """Rows as conversations; those that are none, and remarks, go to the report."""
+def make_maker(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Maker[Any, Any], str]:
+    """What makes tokenised rows of converted ones, and the source of its chat template (none for documents)."""
+    encoder = TextEncoder(tokenizer)
+    if recipe.target == "document":
+        return DocumentMaker(tokenizer, encoder), ""
+    template = ChatTemplate(tokenizer, recipe.date)
+    return _MAKERS[recipe.target](template, encoder, Limits(recipe.cutoff_len, recipe.truncation)), template.source
+
+
+_MAKERS: Mapping[Target, type[DialogueMaker[Any]]] = {
+    "conversation": ConversationMaker, "pair": PairMaker, "feedback": FeedbackMaker, "prompt": PromptMaker,
+}  # fmt: skip
+_CONVERTERS: Mapping[Target, Callable[..., Row]] = {
+    "conversation": convert_row, "pair": convert_pair, "feedback": convert_feedback, "prompt": convert_prompt,
+}  # fmt: skip
+
+
+def convert_rows(rows: Iterable[RawRow], attr: DatasetAttr, recipe: Recipe, report: DataReport) -> Iterator[Row]:
+    """Rows as the recipe wants them; those that cannot be read so, and remarks, go to the report."""
     given = {key: text for key, text in recipe.placeholders.items() if text is not None}
     unset = [key for key, text in recipe.placeholders.items() if text is None]
     for row, source in rows:
         try:
-            conversation = convert_row(row, attr, source, recipe.default_system, given)
+            if recipe.target == "document":
+                yield convert_document(row, attr, source)
+                continue
+            converted = _CONVERTERS[recipe.target](row, attr, source, recipe.default_system, given)
         except RowProblem as problem:
             report.problem(problem, source)
             continue
-        if not alternates(conversation.messages):
+        messages = messages_of(converted)
+        if not alternates(messages):
             report.add("note", "out-of-turn", _OUT_OF_TURN, source)
         for key in unset:
-            if any(f"{{{{{key}}}}}" in m.content for m in conversation.messages):
+            if any(f"{{{{{key}}}}}" in m.content for m in messages):
                 message = f"holds {{{{{key}}}}}, but identity_{key} is not set"
                 report.add("note", "unfilled", message, source, f"Set identity_{key}.")
-        yield conversation
+        yield converted
+
+
+def messages_of(row: Row) -> Sequence[Message]:
+    """The turns of a row; of a pair, those with the better answer."""
+    if isinstance(row, PreferencePair):
+        return (*row.prompt, *row.chosen)
+    return () if isinstance(row, Document) else row.messages
 
 
 # ---- what a store is known by

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.config.paths import data_cache
-from tunesmith.data.pipeline import Place, Recipe, read_conversations, tokenised
+from tunesmith.data.pipeline import Place, Recipe, convert_rows, tokenised
 from tunesmith.data.problem import BadRow
 from tunesmith.data.registry import load_attrs
 from tunesmith.data.report import DataReport, reasons
@@ -17,7 +17,7 @@ from tunesmith.data.selection import Blocks, Examples, Selection, draw, interlea
 from tunesmith.data.sniff import Target, settle
 from tunesmith.data.source import RawRow, read_rows
 from tunesmith.errors import DataError
-from tunesmith.types import Conversation
+from tunesmith.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,10 +79,9 @@ def load_set(
     prefixes = data.source_prefix.split("|")
     prefix = prefixes[0] if len(prefixes) == 1 else prefixes[number]
     (attr,) = load_attrs(data.dataset_dir, (name,), prefix)
-    _refuse_unsupported(attr)
     recipe = make_recipe(data, "document" if config.finetuning.stage == "pt" else "conversation")
     limit = data.max_samples if attr.num_samples is None else None
-    attr, sentence = _settle(attr, data.dataset_dir, recipe.target)
+    attr, sentence = settled(attr, data.dataset_dir, recipe.target)
     report.found += [sentence] if sentence else []
     place = Place(
         folder=Path(data.tokenized_path) if data.tokenized_path else data_cache(),
@@ -111,8 +110,12 @@ def make_recipe(data: DataArguments, target: Target) -> Recipe:
     )
 
 
-def _settle(attr: DatasetAttr, dataset_dir: str, target: Target) -> tuple[DatasetAttr, str]:
-    """The layout of the first readable rows; a set without any keeps what it declares."""
+def settled(attr: DatasetAttr, dataset_dir: str, target: Target) -> tuple[DatasetAttr, str]:
+    """The set with the layout of its first readable rows, and what was found; one without any keeps what it declares.
+
+    Raises:
+        DataError: the rows have no layout that is known, or another than the declared one, or are not what is needed.
+    """
     readable = (row.columns for row in read_rows(attr, dataset_dir) if not isinstance(row, BadRow))
     rows = list(islice(readable, _SNIFFED))
     return settle(attr, rows, target) if rows else (attr, "")
@@ -130,24 +133,14 @@ def _check_columns(attr: DatasetAttr, seen: set[str], files: list[str]) -> None:
             )
 
 
-def _refuse_unsupported(attr: DatasetAttr) -> None:
-    why = {
-        "ranking: preference pairs; the stages here learn one answer a row": attr.ranking,
-        "a kto_tag column: feedback; the stages here learn every answer": attr.kto_tag_column is not None,
-        "a chosen or rejected column: preference pairs": bool(attr.chosen_column or attr.rejected_column),
-    }
-    found = [reason for reason, given in why.items() if given]
-    if found:
-        raise DataError(f"data set {attr.dataset_name!r}: {found[0]} - not supported in this version")
-
-
 def mix(data: DataArguments, sets: list[Selection], seed: int) -> Selection:
     """Several sets as one, by ``mix_strategy``."""
     everything = joined(sets)
     if data.mix_strategy == "concat" or len(sets) == 1:
         return everything
     over = data.mix_strategy == "interleave_over"
-    return everything.pick(interleave([len(s) for s in sets], data.interleave_probs or None, over, seed))
+    lengths = [len(s.row_starts) - 1 for s in sets]
+    return everything.pick_rows(interleave(lengths, data.interleave_probs or None, over, seed))
 
 
 def hold_out(rows: Selection, share: float, seed: int) -> tuple[Selection, Selection]:
@@ -174,28 +167,38 @@ def blocks(documents: Selection, length: int, report: DataReport) -> Blocks:
     Raises:
         DataError: there is less than one block.
     """
-    made = Blocks(documents, length)
-    if not len(made):
-        tokens = f"{len(documents)} documents with {made.remainder:,} tokens"
-        raise DataError(f"{tokens} do not fill one block; lower cutoff_len ({length})")
-    report.remainder += made.remainder
-    report.tokens += length * len(made)
-    report.supervised += (length - 1) * len(made)
-    return made
+    count_blocks(len(documents), int(documents.lengths.sum()), length, report)
+    return Blocks(documents, length)
 
 
-def prepare_data(args: DataArguments, names: tuple[str, ...], report: DataReport) -> Iterator[Conversation]:
-    """Data sets of dialogues as conversations, one set after the other, read as they are asked for.
+def count_blocks(documents: int, tokens: int, length: int, report: DataReport) -> int:
+    """How many blocks of ``length`` there are, counted in the report with what does not fill the last one.
+
+    Raises:
+        DataError: there is less than one block.
+    """
+    count, remainder = divmod(tokens, length)
+    if not count:
+        raise DataError(f"{documents} documents with {tokens:,} tokens do not fill one block; lower cutoff_len ({length})")
+    report.remainder += remainder
+    report.tokens += length * count
+    report.supervised += (length - 1) * count
+    return count
+
+
+def prepare_data(
+    args: DataArguments, names: tuple[str, ...], report: DataReport, target: Target = "conversation"
+) -> Iterator[Row]:
+    """Data sets as rows of the kind asked for, one set after the other, read as they are asked for.
 
     Raises:
         DataError: a set as a whole cannot be used.
     """
-    recipe = make_recipe(args, "conversation")
+    recipe = make_recipe(args, target)
     for attr in load_attrs(args.dataset_dir, names, args.source_prefix):
-        _refuse_unsupported(attr)
-        attr, sentence = _settle(attr, args.dataset_dir, "conversation")
+        attr, sentence = settled(attr, args.dataset_dir, target)
         report.found += [sentence] if sentence else []
-        yield from read_conversations(_good_rows(attr, args, report), attr, recipe, report)
+        yield from convert_rows(_good_rows(attr, args, report), attr, recipe, report)
 
 
 def _good_rows(attr: DatasetAttr, args: DataArguments, report: DataReport) -> Iterator[RawRow]:

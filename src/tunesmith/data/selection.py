@@ -8,6 +8,7 @@ from typing import overload
 
 import numpy as np
 
+from tunesmith.data.learned import Learned
 from tunesmith.data.store import TokenSet
 from tunesmith.types import Example, Source
 
@@ -50,6 +51,19 @@ class Selection(Sequence[Example]):
         """The rows at these positions, or where a mask is true."""
         return Selection(self.sets, self.numbers[chosen])
 
+    @property
+    def row_starts(self) -> np.ndarray:
+        """Where the examples of each row begin, and the number of all examples, int64 ``[rows + 1]``."""
+        goes_on = (np.diff(self.rows) == 0) & (np.diff(self.numbers) == 1)
+        return np.append(np.flatnonzero(~np.concatenate([[False], goes_on])[: len(self)]), len(self))
+
+    def pick_rows(self, order: np.ndarray) -> Selection:
+        """The rows with these numbers, each with all its examples."""
+        starts = self.row_starts
+        counts = np.diff(starts)[order]
+        shifts = starts[:-1][order] - (counts.cumsum() - counts)
+        return self.pick(np.repeat(shifts, counts) + np.arange(counts.sum()))
+
     def __len__(self) -> int:
         return len(self.numbers)
 
@@ -70,6 +84,11 @@ class Selection(Sequence[Example]):
         row = int(self.numbers[index])
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return number, row - int(self._starts[number])
+
+    def learned(self, index: int) -> Learned:
+        """A row as its store keeps it."""
+        number, row = self._find(index)
+        return self.sets[number].learned(row)
 
     def tokens(self, index: int) -> np.ndarray:
         """Token ids of a row, int32, not copied."""
@@ -185,16 +204,14 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(selection: Selection, count: int, seed: int) -> Selection:
     """``count`` rows in a seeded order, with all their views; the set is repeated when it has fewer."""
-    rows, row_of = _distinct(selection.rows)
+    rows = len(selection.row_starts) - 1
     generator = np.random.default_rng(seed)
-    order = [generator.permutation(len(rows)) for _ in range(-(-count // max(len(rows), 1)))]
-    drawn = np.concatenate(order)[:count]
-    starts, ends = np.searchsorted(row_of, np.arange(len(rows))), np.searchsorted(row_of, np.arange(len(rows)), side="right")
-    return selection.pick(np.concatenate([np.arange(starts[row], ends[row]) for row in drawn]))
+    order = [generator.permutation(rows) for _ in range(-(-count // max(rows, 1)))]
+    return selection.pick_rows(np.concatenate([np.zeros(0, np.int64), *order])[:count])
 
 
 def interleave(lengths: Sequence[int], probabilities: Sequence[float] | None, over: bool, seed: int) -> np.ndarray:
-    """Order of rows when sets are mixed, as row numbers counted through all sets.
+    """Order of rows when sets are mixed, as numbers counted through all sets.
 
     By turns, or by drawing the set of each next row. It ends when the first set is used up, or, with ``over``, when every
     set has been used up once; a set that ends earlier begins again.

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from tunesmith.config.arguments import DatasetAttr
 from tunesmith.errors import DataError
 
-Target = Literal["conversation", "document"]
-"""What a stage needs of a row: a dialogue (sft) or plain text (pt)."""
+Target = Literal["conversation", "document", "pair", "feedback", "prompt"]
+"""What a stage needs of a row: a dialogue (sft), plain text (pt), two answers to a prompt (rm, dpo), a dialogue with a
+verdict (kto), or a prompt (ppo, grpo)."""
 
 _TURNS = ("messages", "conversations", "conversation", "dialogue")
 _PAIRS = (

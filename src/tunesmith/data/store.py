@@ -25,9 +25,13 @@ from tunesmith.errors import DataError
 from tunesmith.types import Example, Source
 
 JOURNAL = "journal.jsonl"
-_COLUMNS = {"ids": "<i4", "ends": "<i8", "spans": "<i4", "weights": "<f4", "span_ends": "<i8", "places": "<i8"}
-"""Column -> type. ``ends`` and ``span_ends`` hold, for each row, how many tokens and spans there are up to its end;
-``spans`` pairs of token positions within the row; ``places`` (file, row, line)."""
+_COLUMNS = {
+    "ids": "<i4", "ends": "<i8", "spans": "<i4", "weights": "<f4", "span_ends": "<i8", "places": "<i8", "good": "|u1",
+    "references": "|u1", "reference_ends": "<i8",
+}  # fmt: skip
+"""Column -> type. ``ends``, ``span_ends`` and ``reference_ends`` hold, for each row, how many tokens, spans and bytes of
+references (UTF-8) there are up to its end; ``spans`` pairs of token positions within the row; ``places`` (file, row,
+line)."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Progress:
 
     Attributes:
         rows: raw rows that are done.
-        examples, tokens, spans: written so far.
+        examples, tokens, spans, references: written so far; of references, the bytes.
         files: the files that rows come from, in the order of their first row.
         columns: declared columns that were seen in some row.
         digest: SHA-256 over all chunks.
@@ -47,10 +51,17 @@ class Progress:
     examples: int = 0
     tokens: int = 0
     spans: int = 0
+    references: int = 0
     files: list[str] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
     digest: str = ""
     report: DataReport = field(default_factory=DataReport)
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of each column."""
+        return {"ids": self.tokens, "ends": self.examples, "spans": 2 * self.spans, "weights": self.spans,
+                "span_ends": self.examples, "places": 3 * self.examples, "good": self.examples,
+                "references": self.references, "reference_ends": self.examples}  # fmt: skip
 
 
 def partial(target: Path) -> Path:
@@ -81,12 +92,9 @@ class StoreWriter:
 
     def _open(self, name: str) -> IO[bytes]:
         """A column file, cut back to where the journal says that it is good."""
-        progress = self.progress
-        counts = {"ids": progress.tokens, "ends": progress.examples, "spans": 2 * progress.spans, "weights": progress.spans,
-                  "span_ends": progress.examples, "places": 3 * progress.examples}  # fmt: skip
         path = self.folder / name
         path.touch()
-        good = counts[name] * np.dtype(_COLUMNS[name]).itemsize
+        good = self.progress.sizes()[name] * np.dtype(_COLUMNS[name]).itemsize
         if path.stat().st_size < good:
             raise DataError(f"{path}: shorter than its journal says; delete {self.folder} and start again")
         os.truncate(path, good)
@@ -123,13 +131,15 @@ class StoreWriter:
             progress.examples += len(learned)
             progress.tokens += len(parts["ids"])
             progress.spans += len(parts["weights"])
+            progress.references += len(parts["references"])
             progress.files += new_files
             progress.columns |= columns
             progress.digest = digest.hexdigest()
             progress.report.merge(report)
             line = {
                 "rows": progress.rows, "examples": progress.examples, "tokens": progress.tokens, "spans": progress.spans,
-                "files": new_files, "columns": sorted(columns), "digest": progress.digest, "report": pack_report(report),
+                "references": progress.references, "files": new_files, "columns": sorted(columns),
+                "digest": progress.digest, "report": pack_report(report),
             }  # fmt: skip
             self._journal.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._journal.flush()
@@ -160,6 +170,7 @@ class StoreWriter:
 
 def _columns_of(learned: Sequence[Learned], files: dict[str, int], before: Progress) -> dict[str, np.ndarray]:
     spans = [span for row in learned for span in row.spans]
+    references = [row.reference.encode() for row in learned]
     places = [place for row in learned for place in (files[row.source.file], row.source.row, row.source.line)]
     return {
         "ids": np.concatenate([np.zeros(0, np.int32), *(row.ids for row in learned)]),
@@ -168,6 +179,9 @@ def _columns_of(learned: Sequence[Learned], files: dict[str, int], before: Progr
         "weights": np.array([weight for _, _, weight in spans], dtype=np.float64),
         "span_ends": before.spans + np.array([len(row.spans) for row in learned], dtype=np.int64).cumsum(),
         "places": np.array(places, dtype=np.int64),
+        "good": np.array([row.good for row in learned], dtype=np.uint8),
+        "references": np.frombuffer(b"".join(references), dtype=np.uint8),
+        "reference_ends": before.references + np.array([len(text) for text in references], dtype=np.int64).cumsum(),
     }
 
 
@@ -189,7 +203,7 @@ def read_journal(folder: Path) -> Progress:
             break
         good += len(raw) + 1
         progress.rows, progress.examples = line["rows"], line["examples"]
-        progress.tokens, progress.spans = line["tokens"], line["spans"]
+        progress.tokens, progress.spans, progress.references = line["tokens"], line["spans"], line["references"]
         progress.files += line["files"]
         progress.columns |= set(line["columns"])
         progress.digest = line["digest"]
@@ -212,9 +226,8 @@ class TokenSet(Sequence[Example]):
 
     def __init__(self, folder: Path, dataset: str) -> None:
         self.dataset = dataset
-        self.progress = progress = read_journal(folder)
-        sizes = {"ids": progress.tokens, "ends": progress.examples, "spans": 2 * progress.spans, "weights": progress.spans,
-                 "span_ends": progress.examples, "places": 3 * progress.examples}  # fmt: skip
+        self.progress = read_journal(folder)
+        sizes = self.progress.sizes()
         self._columns = {name: _map(folder / name, _COLUMNS[name], count) for name, count in sizes.items()}
         self._ends = self._columns["ends"]
         self._span_ends = self._columns["span_ends"]
@@ -252,6 +265,10 @@ class TokenSet(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return self.learned(index).example()
+
+    def learned(self, index: int) -> Learned:
+        """A row as it was written."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -260,7 +277,13 @@ class TokenSet(Sequence[Example]):
         bounds = self._columns["spans"][2 * begin : 2 * end].reshape(-1, 2).tolist()
         weights = self._columns["weights"][begin:end].tolist()
         spans = tuple((start, stop, weight) for (start, stop), weight in zip(bounds, weights, strict=True))
-        return Learned(np.array(self.tokens(index)), spans, self.source(index)).example()
+        good = bool(self._columns["good"][index])
+        return Learned(np.array(self.tokens(index)), spans, self.source(index), good, self._reference(index))
+
+    def _reference(self, index: int) -> str:
+        ends = self._columns["reference_ends"]
+        begin = int(ends[index - 1]) if index else 0
+        return self._columns["references"][begin : int(ends[index])].tobytes().decode()
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

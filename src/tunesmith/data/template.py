@@ -332,16 +332,24 @@ class ChatTemplate:
             notes += ("a token reaches from the prompt into a turn; it is not learned",)
         return Encoded(rendered.text, tokens.ids.tolist(), mask, Certificate(rendered.turns, bool(rendered.marked), notes))
 
+    def prompt(self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Rendered:
+        """The text that asks the model for its next turn; nothing of it is learned.
+
+        Raises:
+            TemplateError: the template refuses to.
+        """
+        if tools and self._with_tools:
+            return self._with_tools.prompt(messages, tools)
+        known = as_messages(messages)
+        text = self._probe.dialogue(known, tuple(tools)).trace(len(known), ask=True)
+        return Rendered(str.__str__(text), (), merged(span for span in text.spans if span.origin != MARK))
+
     def encode_prompt(
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         """Token ids that ask the model for its next turn. Raises TemplateError when the template refuses to."""
-        if tools and self._with_tools:
-            return self._with_tools.encode_prompt(messages, tools)
-        known = as_messages(messages)
-        text = self._probe.dialogue(known, tuple(tools)).trace(len(known), ask=True)
-        data = merged(span for span in text.spans if span.origin != MARK)
-        (tokens,) = self._encoder.encode([Text(str.__str__(text), (), data)])
+        rendered = self.prompt(messages, tools)
+        (tokens,) = self._encoder.encode([Text(rendered.text, (), rendered.data)])
         return list(tokens.ids.tolist())
 
     # ---- what is known of the template

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,8 +55,29 @@ class Tokens(NamedTuple):
     guarded: bool = False
 
 
+class Job(NamedTuple):
+    """Texts to tokenise together.
+
+    Attributes:
+        plain: those that need no care.
+        guarded: places, among all texts, of those in which data spell a special token.
+        renamed: those texts, with the template's own special tokens under other names.
+    """
+
+    plain: tuple[Text, ...]
+    guarded: tuple[int, ...] = ()
+    renamed: tuple[Text, ...] = ()
+
+
+class Encodings(NamedTuple):
+    """The tokenizer's answers to the plain and to the renamed texts of a job."""
+
+    plain: list[Encoding]
+    renamed: list[Encoding]
+
+
 class TextEncoder:
-    """Tokenises texts in batches.
+    """Tokenises texts in batches, in one call or in three steps: ``plan``, ``run``, ``locate``.
 
     Token positions come from the byte length of each token where the tokenizer is byte-level (the sum is checked
     against the text), else from the tokenizer's offsets, which cost more.
@@ -83,17 +104,38 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Token ids of each text, and where its spans lie among them."""
-        if not texts:
-            return []
-        guarded = [index for index, text in enumerate(texts) if self.spells_special(text)]
-        done: dict[int, Tokens] = {}
-        if guarded:
-            for index, tokens in zip(guarded, self._encode_guarded([texts[i] for i in guarded]), strict=True):
-                done[index] = tokens
-        plain = [index for index in range(len(texts)) if index not in done] if guarded else range(len(texts))
-        for index, tokens in zip(plain, self._encode_plain([texts[i] for i in plain]), strict=True):
-            done[index] = tokens
-        return [done[index] for index in range(len(texts))]
+        job = self.plan(texts)
+        return self.locate(job, self.run(job))
+
+    def plan(self, texts: Sequence[Text]) -> Job:
+        """What there is to tokenise; texts that spell special tokens are set apart."""
+        guarded = tuple(index for index, text in enumerate(texts) if self.spells_special(text))
+        if not guarded:
+            return Job(tuple(texts))
+        renamed = tuple(self._rename(texts[index], self._renamed[1]) for index in guarded)
+        apart = set(guarded)
+        return Job(tuple(text for index, text in enumerate(texts) if index not in apart), guarded, renamed)
+
+    def run(self, job: Job) -> Encodings:
+        """Tokenise; the only step that costs much, and the only one that does without Python's lock."""
+        texts = [text.text for text in job.plain]
+        encode = self._backend.encode_batch if self._byte_lengths is None else self._backend.encode_batch_fast
+        plain = encode(texts, add_special_tokens=False) if texts else []
+        if not job.renamed:
+            return Encodings(plain, [])
+        renamed = self._renamed[0].encode_batch([text.text for text in job.renamed], add_special_tokens=False)
+        return Encodings(plain, renamed)
+
+    def locate(self, job: Job, encoded: Encodings) -> list[Tokens]:
+        """Find the spans among the tokens."""
+        find = by_offsets if self._byte_lengths is None else self._by_lengths
+        found = find(job.plain, encoded.plain)
+        apart = dict(zip(job.guarded, by_offsets(job.renamed, encoded.renamed), strict=True))
+        if not apart:
+            return found
+        rest = iter(found)
+        count = len(job.plain) + len(apart)
+        return [apart[i]._replace(guarded=True) if i in apart else next(rest) for i in range(count)]
 
     def spells_special(self, text: Text) -> bool:
         """Whether data in the text spell a special token, alone or together with what stands around them."""
@@ -106,41 +148,38 @@ class TextEncoder:
 
     # ---- the common case
 
-    def _encode_plain(self, texts: Sequence[Text]) -> list[Tokens]:
-        if self._byte_lengths is None:
-            return self._encode_with_offsets(self._backend, texts)
-        encoded = self._backend.encode_batch_fast([t.text for t in texts], add_special_tokens=False)
-        return [self._measure(text, encoding) for text, encoding in zip(texts, encoded, strict=True)]
-
-    def _measure(self, text: Text, encoding: Encoding) -> Tokens:
+    def _by_lengths(self, texts: Sequence[Text], encoded: Sequence[Encoding]) -> list[Tokens]:
+        """Spans by the bytes that each token stands for, all texts at once."""
         assert self._byte_lengths is not None
-        ids = np.array(encoding.ids, dtype=np.int32)
-        if not text.spans:
-            return Tokens(ids, ())
-        ends = self._byte_lengths[ids].cumsum()
-        plain, boundaries = text.text, [position for span in text.spans for position in span]
-        if plain.isascii():
-            total = len(plain)
-        else:
-            lengths = [len(plain[a:b].encode()) for a, b in pairwise((0, *boundaries, len(plain)))]
-            *boundaries, total = np.cumsum(lengths).tolist()
-        if not len(ends) or ends[-1] != total:  # a normaliser changed the text, or a token swallowed blanks around it
-            return self._encode_with_offsets(self._backend, [text])[0]
-        starts = ends - self._byte_lengths[ids]
-        return _locate(ids, starts, boundaries, total)
-
-    @staticmethod
-    def _encode_with_offsets(backend: Tokenizer, texts: Sequence[Text]) -> list[Tokens]:
-        encoded = backend.encode_batch([t.text for t in texts], add_special_tokens=False)
-        return [
-            _locate(
-                np.array(encoding.ids, dtype=np.int32),
-                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0],
-                [position for span in text.spans for position in span],
-                len(text.text),
-            )
-            for text, encoding in zip(texts, encoded, strict=True)
-        ]
+        lists = [encoding.ids for encoding in encoded]
+        firsts = np.cumsum([0, *map(len, lists)])
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(firsts[-1]))
+        starts = np.concatenate([[0], self._byte_lengths[ids].cumsum()])
+        bases = starts[firsts].tolist()
+        other: set[int] = set()
+        positions: list[int] = []
+        for index, text in enumerate(texts):
+            if not text.spans:
+                continue
+            bounds, total = _in_bytes(text)
+            if total != bases[index + 1] - bases[index]:  # a normaliser changed the text, or a token swallowed blanks
+                other.add(index)
+            base = bases[index]
+            positions += [base + bound for bound in bounds]
+        cuts = np.searchsorted(starts[:-1], positions)
+        joined = (starts[cuts] != positions).tolist()
+        where, cuts_ = cuts.tolist(), 0
+        made = []
+        for index, (text, begin, end) in enumerate(zip(texts, firsts[:-1].tolist(), firsts[1:].tolist(), strict=True)):
+            count = 2 * len(text.spans)
+            own = [cut - begin for cut in where[cuts_ : cuts_ + count]]
+            reaching = any(joined[cuts_ : cuts_ + count : 2])
+            cuts_ += count
+            if index in other:
+                made += by_offsets([text], self._backend.encode_batch([text.text], add_special_tokens=False))
+            else:
+                made.append(Tokens(ids[begin:end], tuple(zip(own[::2], own[1::2], strict=True)), reaching))
+        return made
 
     @cached_property
     def _byte_lengths(self) -> np.ndarray | None:
@@ -157,12 +196,6 @@ class TextEncoder:
         return lengths
 
     # ---- text that spells special tokens
-
-    def _encode_guarded(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Encode with a tokenizer whose special tokens have other names, which only the template's text is given."""
-        backend, names = self._renamed
-        renamed = [self._rename(text, names) for text in texts]
-        return [tokens._replace(guarded=True) for tokens in self._encode_with_offsets(backend, renamed)]
 
     def _rename(self, text: Text, names: dict[str, str]) -> Text:
         """The text with the template's own special tokens renamed; ranges are moved along."""
@@ -218,10 +251,23 @@ def _moved(position: int, moves: Sequence[tuple[int, int]]) -> int:
     return position + sum(shift for end, shift in moves if end <= position)
 
 
-def _locate(ids: np.ndarray, starts: np.ndarray, boundaries: Sequence[int], total: int) -> Tokens:
-    """Token ranges of the spans given by ``boundaries`` (start, end, start, end, ...) in a text of length ``total``."""
-    cuts = np.searchsorted(starts, boundaries).tolist()
-    spans = tuple(zip(cuts[::2], cuts[1::2], strict=True))
-    following = [int(starts[cut]) if cut < len(starts) else total for cut in cuts[::2]]
-    joined = any(next_start != begin for next_start, begin in zip(following, boundaries[::2], strict=True))
-    return Tokens(ids, spans, joined)
+def _in_bytes(text: Text) -> tuple[Sequence[int], int]:
+    """Bounds of the spans (start, end, start, end, ...) and the length of the text, in bytes."""
+    plain, bounds = text.text, [position for span in text.spans for position in span]
+    if plain.isascii():
+        return bounds, len(plain)
+    *inner, total = accumulate(len(plain[a:b].encode()) for a, b in pairwise((0, *bounds, len(plain))))
+    return inner, total
+
+
+def by_offsets(texts: Sequence[Text], encoded: Sequence[Encoding]) -> list[Tokens]:
+    """Spans by the tokenizer's own offsets."""
+    made = []
+    for text, encoding in zip(texts, encoded, strict=True):
+        starts = np.array([*(start for start, _ in encoding.offsets), len(text.text)], dtype=np.int64)
+        bounds = np.array(text.spans, dtype=np.int64).reshape(-1)
+        cuts = np.searchsorted(starts[:-1], bounds)
+        spans = tuple(zip(cuts[::2].tolist(), cuts[1::2].tolist(), strict=True))
+        joined = bool((starts[cuts[::2]] != bounds[::2]).any())
+        made.append(Tokens(np.array(encoding.ids, dtype=np.int32), spans, joined))
+    return made

@@ -13,21 +13,21 @@ Fits = Callable[[tuple[Message, ...]], bool]
 """Whether a conversation, rendered and tokenised, is within the cutoff."""
 
 
-def keep_end(messages: Sequence[Message], fits: Fits) -> tuple[Message, ...] | None:
+def keep_end(messages: Sequence[Message], answer: int, fits: Fits) -> tuple[Message, ...] | None:
     """The end of a conversation that fits: the oldest exchanges go first, then the head of the last question.
 
     System turns at the start stay. Answers are never cut, so that each keeps its end.
 
     Args:
         messages: the conversation.
+        answer: number of the message from which on everything stays, with the question before it.
         fits: monotone: what fits still fits when something is taken away.
 
     Returns:
         The shortened conversation, or None where even the last exchange without its question's text is too long.
     """
     head = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
-    last = max((i for i, m in enumerate(messages) if m.role == "assistant" and m.weight > 0), default=-1)
-    starts = [i for i, m in enumerate(messages) if i > head and i < last and m.role == "user"]
+    starts = [i for i, m in enumerate(messages) if head < i < answer and m.role == "user"]
 
     def from_turn(start: int) -> tuple[Message, ...]:
         return (*messages[:head], *messages[start:])

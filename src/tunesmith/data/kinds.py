@@ -1,0 +1,99 @@
+"""Stored rows as a stage takes them: pairs, feedback, prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar, overload
+
+import numpy as np
+
+from tunesmith.data.learned import Learned
+from tunesmith.data.selection import Selection
+from tunesmith.types import FeedbackExample, PairExample, PromptExample
+
+K = TypeVar("K")
+
+
+class Kind(NamedTuple, Generic[K]):
+    """How stored rows make one of what a stage takes.
+
+    Attributes:
+        name: of the kind.
+        size: stored rows for each.
+        make: of that many stored rows.
+    """
+
+    name: str
+    size: int
+    make: Callable[..., K]
+
+
+def pair_of(better: Learned, worse: Learned) -> PairExample:
+    """Both answers to a prompt."""
+    assert better.good
+    assert not worse.good
+    assert better.source == worse.source, (better.source, worse.source)
+    return PairExample(better.example(), worse.example(), better.source)
+
+
+def feedback_of(row: Learned) -> FeedbackExample:
+    """A dialogue with the verdict on its last turn."""
+    return FeedbackExample(row.example(), row.good, row.source)
+
+
+def prompt_of(row: Learned) -> PromptExample:
+    """A prompt with the answer that the data give."""
+    return PromptExample(row.ids, row.reference, row.source)
+
+
+PAIR: Kind[PairExample] = Kind("pair", 2, pair_of)
+FEEDBACK: Kind[FeedbackExample] = Kind("feedback", 1, feedback_of)
+PROMPT: Kind[PromptExample] = Kind("prompt", 1, prompt_of)
+
+
+class Rows(Sequence[K]):
+    """A selection, read as rows of a kind.
+
+    Args:
+        selection: in which the rows that belong together follow each other.
+        kind: what they make.
+    """
+
+    def __init__(self, selection: Selection, kind: Kind[K]) -> None:
+        assert len(selection) % kind.size == 0, (len(selection), kind)
+        self.selection = selection
+        self.kind = kind
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, of a pair those of both sides, int64 ``[N]``."""
+        summed: np.ndarray = self.selection.lengths.reshape(-1, self.kind.size).sum(axis=1)
+        return summed
+
+    @property
+    def supervised(self) -> int:
+        """Tokens of the answers."""
+        return self.selection.supervised
+
+    def __len__(self) -> int:
+        return len(self.selection) // self.kind.size
+
+    @overload
+    def __getitem__(self, index: int) -> K: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[K]: ...
+    def __getitem__(self, index: int | slice) -> K | list[K]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first = index % len(self) * self.kind.size
+        return self.kind.make(*(self.selection.learned(first + i) for i in range(self.kind.size)))
+
+    def __iter__(self) -> Iterator[K]:
+        return (self[index] for index in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows and the kind."""
+        return hashlib.sha256(f"{self.selection.fingerprint()} {self.kind.name}".encode()).hexdigest()
