@@ -65,18 +65,18 @@ class DialogueMaker(ABC, Generic[T]):
 
     Args:
         template: renders.
-        encoder: tokenises.
         limits: on length.
 
     Attributes:
+        encoder: tokenises.
         renderings: how many a row has where the template never rewrites a turn.
     """
 
     renderings = 1
 
-    def __init__(self, template: ChatTemplate, encoder: TextEncoder, limits: Limits) -> None:
+    def __init__(self, template: ChatTemplate, limits: Limits) -> None:
         self.template = template
-        self.encoder = encoder
+        self.encoder = template.encoder
         self.limits = limits
 
     # ---- what differs
@@ -114,32 +114,29 @@ class DialogueMaker(ABC, Generic[T]):
 
     def finish(self, rendered: Sequence[tuple[T, Views]], tokens: Iterable[Tokens], report: DataReport) -> list[Learned]:
         """Tokens and masks of many rows."""
-        stream = iter(tokens)
-        return [one for row, views in rendered for one in self._finish(row, views, list(islice(stream, len(views))), report)]
-
-    def _finish(self, row: T, views: Views, tokens: Sequence[Tokens], report: DataReport) -> list[Learned]:
-        self._remark(row, views, tokens, report)
-        made = self.learned(row, views, tokens)
-        if any(len(one.ids) > self.limits.cutoff_len for one in made):
-            made = self._shorten(row, made, report)
-            if not made:
-                return []
-        kept = self.trainable(made)
-        if not kept:
-            _left_out(report, row, "nothing-to-learn", "no trainable token")
-            return []
-        report.kept += 1
-        for one in kept:
-            report.tokens += len(one.ids)
-            report.supervised += one.supervised
+        stream, limit = iter(tokens), self.limits.cutoff_len
+        kept: list[Learned] = []
+        for row, views in rendered:
+            own = list(islice(stream, len(views)))
+            self._remark(row, views, own, report)
+            made = self.learned(row, views, own)
+            if max(len(one.ids) for one in made) > limit:
+                made = self._shorten(row, made, report)
+            elif not (made := self.trainable(made)):
+                _left_out(report, row, "nothing-to-learn", "no trainable token")
+            report.kept += bool(made)
+            kept += made
+        report.tokens += sum(len(one.ids) for one in kept)
+        report.supervised += sum(one.supervised for one in kept)
         return kept
 
     def _remark(self, row: T, views: Views, tokens: Sequence[Tokens], report: DataReport) -> None:
         remarks = [note for view in views for note in view.notes]
-        remarks += [_SEVERAL] if len(views) > self.renderings else []
+        if len(views) > self.renderings:
+            remarks.append(_SEVERAL)
         for made in tokens:
-            remarks += [_JOINED] if made.joined else []
-            remarks += [_GUARDED] if made.guarded else []
+            if made.joined or made.guarded:
+                remarks += [_JOINED] * made.joined + [_GUARDED] * made.guarded
         for remark in dict.fromkeys(remarks):
             report.add("note", "template", remark, row.source)
 
@@ -195,12 +192,12 @@ def make_all(maker: Maker[Row, Made], rows: Iterable[Row], report: DataReport, c
 
 def learned_of(messages: Sequence[Message], view: Rendered, tokens: Tokens, source: Source) -> Learned:
     """The tokens of a view, its turns with the weights of their messages."""
-    spans = zip(view.turns, tokens.spans, strict=True)
-    return Learned(tokens.ids, tuple((start, end, messages[turn.index].weight) for turn, (start, end) in spans), source)
+    turns = zip(view.turns, tokens.spans, strict=True)
+    return Learned(tokens.ids, tuple([(start, end, messages[turn.index].weight) for turn, (start, end) in turns]), source)
 
 
 def _text(view: Rendered) -> Text:
-    return Text(view.text, tuple((turn.start, turn.end) for turn in view.turns), view.data)
+    return Text(view.text, tuple([(turn.start, turn.end) for turn in view.turns]), view.data)
 
 
 def _left_out(report: DataReport, row: Sourced, code: str, message: str) -> None:

@@ -267,11 +267,10 @@ class ChunkMaker:
 
 def make_maker(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Maker[Any, Any], str]:
     """What makes tokenised rows of converted ones, and the source of its chat template (none for documents)."""
-    encoder = TextEncoder(tokenizer)
     if recipe.target == "document":
-        return DocumentMaker(tokenizer, encoder), ""
+        return DocumentMaker(tokenizer, TextEncoder(tokenizer)), ""
     template = ChatTemplate(tokenizer, recipe.date)
-    return _MAKERS[recipe.target](template, encoder, Limits(recipe.cutoff_len, recipe.truncation)), template.source
+    return _MAKERS[recipe.target](template, Limits(recipe.cutoff_len, recipe.truncation)), template.source
 
 
 _MAKERS: Mapping[Target, type[DialogueMaker[Any]]] = {
@@ -324,7 +323,7 @@ def _key(attr: DatasetAttr, dataset_dir: str, limit: int | None, recipe: Recipe,
         "attr": attr.model_dump(mode="json", exclude={"num_samples"}),
         "limit": limit,
         "recipe": {**recipe.__dict__, "placeholders": dict(recipe.placeholders), "date": recipe.date if dated else None},
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": chunks.maker.encoder.digest,
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "template": chunks.template_source,
         "code": _code(),

@@ -21,7 +21,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, generate_lorem_ipsum, pass_context
 
@@ -168,6 +168,9 @@ class Generation(Extension):
         return caller()
 
 
+_OF_LOOPS = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"})
+
+
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox in which transformers renders chat templates: same syntax, filters and globals; plus the limits.
 
@@ -226,6 +229,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             captured.filter = nodes.Filter(captured.filter, "_sized", [], [], None, None)
             captured.filter.set_lineno(captured.lineno)
         return tree
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute, as the sandbox allows; those of a loop, asked for in every turn of it, without looking twice."""
+        if type(obj) is LoopContext and attribute in _OF_LOOPS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """``*``, ``**`` and ``%``, refused where the result would be huge."""

@@ -95,6 +95,10 @@ class ChatTemplate:
         source: Jinja text to use in place of the tokenizer's own.
         options: further variables for the template, such as ``enable_thinking``.
 
+    Attributes:
+        source: the Jinja text in use.
+        encoder: tokenises what is rendered.
+
     Raises:
         TemplateError: no chat template, one that cannot be compiled, or no character offsets.
     """
@@ -125,7 +129,7 @@ class ChatTemplate:
         self._with_tools = self._tool_variant(source)
         self._compared: set[object] = set()
         self._skeletons: dict[Shape, tuple[Skeleton, ...]] = {}
-        self._encoder = TextEncoder(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
 
     def _tool_variant(self, source: str | None) -> ChatTemplate | None:
         """A template of its own for conversations with tools, where the tokenizer brings one."""
@@ -323,7 +327,7 @@ class ChatTemplate:
         rendered = self.rendered(known, schemas)
         self._compare_now(self._probe.dialogue(known, schemas), len(known), rendered.text)
         spans = tuple((turn.start, turn.end) for turn in rendered.turns)
-        (tokens,) = self._encoder.encode([Text(rendered.text, spans, rendered.data)])
+        (tokens,) = self.encoder.encode([Text(rendered.text, spans, rendered.data)])
         mask = [0] * len(tokens.ids)
         for start, end in tokens.spans:
             mask[start:end] = [1] * (end - start)
@@ -349,7 +353,7 @@ class ChatTemplate:
     ) -> list[int]:
         """Token ids that ask the model for its next turn. Raises TemplateError when the template refuses to."""
         rendered = self.prompt(messages, tools)
-        (tokens,) = self._encoder.encode([Text(rendered.text, (), rendered.data)])
+        (tokens,) = self.encoder.encode([Text(rendered.text, (), rendered.data)])
         return list(tokens.ids.tolist())
 
     # ---- what is known of the template

@@ -6,6 +6,7 @@ The only place that calls a tokenizer. Text that came from a message and happens
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -85,6 +86,9 @@ class TextEncoder:
     Args:
         tokenizer: with a fast backend.
 
+    Attributes:
+        digest: SHA-256 of the tokenizer.
+
     Raises:
         TemplateError: the tokenizer has no fast backend.
     """
@@ -96,11 +100,15 @@ class TextEncoder:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
-        self._described: dict[str, Any] = json.loads(self._backend.to_str())
+        text = self._backend.to_str()
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self._described: dict[str, Any] = json.loads(text)
         if self._described["model"]["type"] == "BPE":
             self._backend.model._resize_cache(_CACHED_WORDS)  # more words remembered: the same ids, a fifth faster
         special = {t["content"] for t in self._described["added_tokens"] if t["special"]} | set(tokenizer.all_special_tokens)
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self._edges = tuple(dict.fromkeys(token[end] for token in special for end in (0, -1)))
+        self._specials = "\0".join(special)
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Token ids of each text, and where its spans lie among them."""
@@ -139,12 +147,14 @@ class TextEncoder:
 
     def spells_special(self, text: Text) -> bool:
         """Whether data in the text spell a special token, alone or together with what stands around them."""
-        if not text.data or not self._special.search(text.text):
+        if not text.data or all(self._is_clear(text.text, start, end) for start, end in text.data):
             return False
-        return any(start < b and a < end for start, end in self._found(text.text) for a, b in text.data)
+        found = [match.span() for match in self._special.finditer(text.text)]
+        return any(start < b and a < end for start, end in found for a, b in text.data)
 
-    def _found(self, text: str) -> list[tuple[int, int]]:
-        return [found.span() for found in self._special.finditer(text)]
+    def _is_clear(self, text: str, start: int, end: int) -> bool:
+        """Whether a range has no character that begins or ends a special token, and does not lie inside of one."""
+        return text[start:end] not in self._specials and all(text.find(edge, start, end) < 0 for edge in self._edges)
 
     # ---- the common case
 
