@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
 from tunesmith.data.loader import DataLoader
-from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix
+from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix, target_of
 from tunesmith.data.report import DataReport, Finding
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.errors import ConfigError, DataError, TunesmithError
@@ -138,7 +138,7 @@ def _look_at_set(
     report = DataReport()
     rows, duplicates = None, 0
     try:
-        rows = load_set(config, name, number, tokenizer, report, stop=False)
+        rows = load_set(config, name, number, tokenizer, report, target_of(config), stop=False)
         duplicates = _repeated(rows, checked, seen, held_out)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))

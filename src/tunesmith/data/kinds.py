@@ -10,6 +10,7 @@ import numpy as np
 
 from tunesmith.data.learned import Learned
 from tunesmith.data.selection import Selection
+from tunesmith.data.sniff import Target
 from tunesmith.types import FeedbackExample, PairExample, PromptExample
 
 K = TypeVar("K")
@@ -19,12 +20,12 @@ class Kind(NamedTuple, Generic[K]):
     """How stored rows make one of what a stage takes.
 
     Attributes:
-        name: of the kind.
+        name: what is needed of a raw row.
         size: stored rows for each.
         make: of that many stored rows.
     """
 
-    name: str
+    name: Target
     size: int
     make: Callable[..., K]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.config.paths import data_cache
+from tunesmith.data.kinds import Kind, Rows
 from tunesmith.data.pipeline import Place, Recipe, convert_rows, tokenised
 from tunesmith.data.problem import BadRow
 from tunesmith.data.registry import load_attrs
@@ -16,12 +17,14 @@ from tunesmith.data.report import DataReport, reasons
 from tunesmith.data.selection import Blocks, Examples, Selection, draw, interleave, joined, split
 from tunesmith.data.sniff import Target, settle
 from tunesmith.data.source import RawRow, read_rows
+from tunesmith.data.truncate import Truncation
 from tunesmith.errors import DataError
 from tunesmith.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+K = TypeVar("K")
 _SNIFFED = 200
 _FIELDS = {"query_column": "query", "history_column": "history", "system_column": "system", "tools_column": "tools"}
 
@@ -38,19 +41,40 @@ def load_examples(
             left to learn.
         TemplateError: the tokenizer cannot be used for the stage.
     """
+    length = config.data.cutoff_len
+    train, held_out = _load(config, tokenizer, report, target_of(config))
+    if config.finetuning.stage != "pt":
+        return train, held_out
+    return blocks(train, length, report), None if held_out is None else blocks(held_out, length, report)
+
+
+def load_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport, kind: Kind[K]
+) -> tuple[Rows[K], Rows[K] | None]:
+    """(train, eval) pairs, feedback or prompts of a configuration. Otherwise as ``load_examples``."""
+    train, held_out = _load(config, tokenizer, report, kind.name)
+    return Rows(train, kind), None if held_out is None else Rows(held_out, kind)
+
+
+def target_of(config: RunConfig) -> Target:
+    """What the stage needs of a row."""
+    return "document" if config.finetuning.stage == "pt" else "conversation"
+
+
+def _load(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport, target: Target
+) -> tuple[Selection, Selection | None]:
     data, seed = config.data, data_seed(config)
-    train = mix(data, [load_set(config, name, i, tokenizer, report) for i, name in enumerate(data.dataset)], seed)
+    train = mix(data, [load_set(config, name, i, tokenizer, report, target) for i, name in enumerate(data.dataset)], seed)
     held_out = None
     if data.eval_dataset:
-        held_out = joined([load_set(config, name, 0, tokenizer, report) for name in data.eval_dataset])
+        held_out = joined([load_set(config, name, 0, tokenizer, report, target) for name in data.eval_dataset])
     report.raise_fatal(data.on_bad_row)
     if not len(train):
         raise DataError("no trainable tokens in any row:\n  " + reasons(report.of("unreadable", "uncertified", "dropped")))
     if share := data.val_size or data.dev_ratio:
         train, held_out = hold_out(train, share, seed)
-    if config.finetuning.stage != "pt":
-        return train, held_out
-    return blocks(train, data.cutoff_len, report), blocks(held_out, data.cutoff_len, report) if held_out is not None else None
+    return train, held_out
 
 
 def data_seed(config: RunConfig) -> int:
@@ -59,7 +83,13 @@ def data_seed(config: RunConfig) -> int:
 
 
 def load_set(
-    config: RunConfig, name: str, number: int, tokenizer: PreTrainedTokenizerBase, report: DataReport, stop: bool = True
+    config: RunConfig,
+    name: str,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    target: Target,
+    stop: bool = True,
 ) -> Selection:
     """The tokenised rows of one data set.
 
@@ -69,6 +99,7 @@ def load_set(
         number: its place in ``dataset``, which chooses its ``source_prefix``.
         tokenizer: of the model.
         report: the account.
+        target: what is needed of a row.
         stop: whether rows that end the run may end the work.
 
     Raises:
@@ -76,12 +107,9 @@ def load_set(
         TemplateError: the tokenizer cannot be used for the stage.
     """
     data = config.data
-    prefixes = data.source_prefix.split("|")
-    prefix = prefixes[0] if len(prefixes) == 1 else prefixes[number]
-    (attr,) = load_attrs(data.dataset_dir, (name,), prefix)
-    recipe = make_recipe(data, "document" if config.finetuning.stage == "pt" else "conversation")
+    recipe = make_recipe(data, target)
+    attr, sentence = find_set(data, name, number, target)
     limit = data.max_samples if attr.num_samples is None else None
-    attr, sentence = settled(attr, data.dataset_dir, recipe.target)
     report.found += [sentence] if sentence else []
     place = Place(
         folder=Path(data.tokenized_path) if data.tokenized_path else data_cache(),
@@ -99,7 +127,14 @@ def load_set(
 
 
 def make_recipe(data: DataArguments, target: Target) -> Recipe:
-    """What becomes of a row, from the settings."""
+    """What becomes of a row, from the settings.
+
+    Raises:
+        DataError: the truncation has no meaning for such rows.
+    """
+    unfit = _UNFIT.get(target, {}).get(data.truncation)
+    if unfit:
+        raise DataError(f"truncation: {data.truncation} {unfit}; choose keep_end, drop or error")
     return Recipe(
         target=target,
         cutoff_len=data.cutoff_len,
@@ -108,6 +143,31 @@ def make_recipe(data: DataArguments, target: Target) -> Recipe:
         placeholders={"name": data.identity_name, "author": data.identity_author},
         date=data.template_date,
     )
+
+
+def find_set(data: DataArguments, name: str, number: int, target: Target) -> tuple[DatasetAttr, str]:
+    """A data set by name, its layout settled, and what was found of it.
+
+    Args:
+        data: where it is looked up.
+        name: of the set.
+        number: its place in ``dataset``, which chooses its ``source_prefix``.
+        target: what is needed of a row.
+
+    Raises:
+        DataError: no such set, or no layout, or not what is needed.
+    """
+    prefixes = data.source_prefix.split("|")
+    prefix = prefixes[0] if len(prefixes) == 1 else prefixes[number]
+    (attr,) = load_attrs(data.dataset_dir, (name,), prefix)
+    return settled(attr, data.dataset_dir, target)
+
+
+_UNFIT: Mapping[Target, Mapping[Truncation, str]] = {
+    "pair": {"split": "would tear the two answers of a pair apart"},
+    "feedback": {"split": "would tear the answer from the verdict on it"},
+    "prompt": {"split": "would leave prompts that ask for nothing", "keep_start": "would cut off what asks for the answer"},
+}
 
 
 def settled(attr: DatasetAttr, dataset_dir: str, target: Target) -> tuple[DatasetAttr, str]:
