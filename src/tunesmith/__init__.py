@@ -33,7 +33,7 @@ _PUBLIC = {
     "plot_loss": "tunesmith.report.plot",
     "prepare_data": "tunesmith.data.prepare",
     "preprocess_data": "tunesmith.data.preprocess",
-    "print_dataset_example": "tunesmith.check.preview",
+    "print_dataset_example": "tunesmith.check.example",
     "run": "tunesmith.stages.run",
     "smooth": "tunesmith.report.plot",
 }

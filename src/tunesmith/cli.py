@@ -7,7 +7,7 @@ import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file.", show_default=False)]
+ReadAs = Literal["conversation", "document", "pair", "feedback", "prompt"]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that win over the file.", show_default=False)]
 
 
@@ -82,6 +83,11 @@ def preview(
     config: Config,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 2,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="Show this row: its number in the first data set, or NAME:NUMBER; may be given again."),
+    ] = None,
+    kind: Annotated[ReadAs | None, typer.Option("--as", help="What rows are read as; by default what the stage needs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Show rows as the model is trained on them, the learned part marked."""
@@ -91,8 +97,13 @@ def preview(
 
     settings, _ = load_config(config, overrides or ())
     from tunesmith.check.preview import preview as show
+    from tunesmith.check.preview import preview_rows
 
-    show(settings, rows, Console(highlight=False, soft_wrap=True), as_json)
+    console = Console(highlight=False, soft_wrap=True)
+    if row:
+        preview_rows(settings, row, console, as_json, kind)
+    else:
+        show(settings, rows, console, as_json, kind)
 
 
 @app.command()

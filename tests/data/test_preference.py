@@ -167,5 +167,5 @@ def test_undeclared_rows_for_another_stage_are_named(row: dict[str, Any], target
 
 def test_a_wrong_declaration_of_pairs_names_the_entry_that_fits() -> None:
     declared = DatasetAttr(dataset_name="d", ranking=True, chosen_column="good", rejected_column="bad")
-    with pytest.raises(DataError, match='"messages": "conversations", .*"ranking": true'):
+    with pytest.raises(DataError, match=r'"messages": "conversations", .*"ranking": true'):
         settle(declared, [PAIRS[3]], "pair")

@@ -1,32 +1,43 @@
-"""Shows rows exactly as the model is trained on them."""
+"""Shows rows exactly as the model is trained on them: the first of a run, or any row by its number."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.check.example import describe, print_dataset_example
 from tunesmith.config.arguments import RunConfig
-from tunesmith.data.prepare import load_examples
+from tunesmith.data.inspect import Inspected, inspect_row
+from tunesmith.data.kinds import KINDS, Rows
+from tunesmith.data.prepare import load_examples, load_rows, target_of
 from tunesmith.data.report import DataReport
+from tunesmith.data.selection import Examples
+from tunesmith.data.sniff import Target
+from tunesmith.data.template import Certificate
+from tunesmith.errors import ConfigError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_tokenizer
-from tunesmith.types import IGNORE_INDEX, Example
-
-_LEARNED = "bold green"
-_GIVEN = "dim"
 
 
-def preview(config: RunConfig, count: int, console: Console, as_json: bool = False) -> None:
-    """Print the first ``count`` training rows: text with the learned part marked, ids and labels; no weights are loaded."""
+def preview(config: RunConfig, count: int, console: Console, as_json: bool = False, target: Target | None = None) -> None:
+    """Print the first ``count`` training rows: text with the learned part marked, ids and labels; no weights are loaded.
+
+    Args:
+        config: of the run.
+        count: how many.
+        console: where to.
+        as_json: one JSON object instead, to standard output.
+        target: what rows are read as; what the stage needs if None.
+    """
     quiet_library()
     tokenizer = load_tokenizer(config.model)
     report = DataReport()
-    train, held_out = load_examples(config, tokenizer, report)
+    train, held_out = _load(config, tokenizer, report, target or target_of(config))
     if as_json:
         rows = [describe(example, tokenizer) for example in train[:count]]
         value = {"report": report.to_dict(), "train_rows": len(train), "eval_rows": len(held_out or ()), "examples": rows}
@@ -39,41 +50,89 @@ def preview(config: RunConfig, count: int, console: Console, as_json: bool = Fal
         print_dataset_example(example, tokenizer, console, number)
 
 
-def print_dataset_example(example: Example, tokenizer: PreTrainedTokenizerBase, console: Console, number: int = 1) -> None:
-    """Print one row: learned text in green (between ⟦ and ⟧ where there is no colour), the rest dim; then ids and labels."""
-    facts = describe(example, tokenizer)
-    console.print()
-    console.print(
-        Text(f"row {number}: {facts['source']}: {facts['tokens']} tokens, {facts['supervised']} learned", style="bold")
-    )
-    text = Text()
-    for learned, piece in runs(example, tokenizer):
-        marked = f"⟦{piece}⟧" if learned and not console.color_system else piece
-        text.append(marked, style=_LEARNED if learned else _GIVEN)
-    console.print(text)
-    console.print(Text(f"input_ids: {facts['input_ids']}", style=_GIVEN))
-    console.print(Text(f"labels:    {facts['labels']}", style=_GIVEN))
+def _load(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport, target: Target
+) -> tuple[Examples | Rows[Any], Examples | Rows[Any] | None]:
+    if target in KINDS:
+        return load_rows(config, tokenizer, report, KINDS[target])
+    return load_examples(config, tokenizer, report, target)
 
 
-def runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
-    """(learned, text) for each stretch of equal mask."""
-    mask = (example.labels != IGNORE_INDEX).tolist()
-    begin = 0
-    for end in range(1, len(mask) + 1):
-        if end == len(mask) or mask[end] != mask[begin]:
-            yield mask[begin], str(tokenizer.decode(example.input_ids[begin:end].tolist(), skip_special_tokens=False))
-            begin = end
+def preview_rows(
+    config: RunConfig, rows: Sequence[str], console: Console, as_json: bool = False, target: Target | None = None
+) -> None:
+    """Print chosen rows with what was proven of their masks, or why they are left out; nothing else is read.
+
+    Args:
+        config: of the run.
+        rows: each ``17``, a row of the first data set, or ``name:17``.
+        console: where to.
+        as_json: one JSON object instead, to standard output.
+        target: what rows are read as; what the stage needs if None.
+
+    Raises:
+        ConfigError: not a row number.
+        DataError: no such data set or row.
+    """
+    wanted = [_parse(row, config) for row in rows]
+    quiet_library()
+    tokenizer = load_tokenizer(config.model)
+    kind = target or target_of(config)
+    inspected = [(number, inspect_row(config, name, number, tokenizer, kind)) for name, number in wanted]
+    if as_json:
+        print(json.dumps({"rows": [_described(row, tokenizer) for _, row in inspected]}, ensure_ascii=False))
+        return
+    for number, row in inspected:
+        examples = _examples(row)
+        for example in examples:
+            print_dataset_example(example, tokenizer, console, number)
+        if not examples:
+            console.print(Text(f"\nrow {number}: {row.source}: left out", style="bold"))
+        for line in _sentences(row):
+            console.print(Text(line))
 
 
-def describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A row for machines."""
-    pieces = list(runs(example, tokenizer))
-    return {
-        "source": str(example.source),
-        "tokens": len(example),
-        "supervised": int((example.labels != IGNORE_INDEX).sum()),
-        "text": "".join(piece for _, piece in pieces),
-        "learned_text": [piece for learned, piece in pieces if learned],
-        "input_ids": example.input_ids.tolist(),
-        "labels": example.labels.tolist(),
-    }
+def _parse(row: str, config: RunConfig) -> tuple[str, int]:
+    name, _, number = row.rpartition(":")
+    if not number.isdecimal() or int(number) == 0:
+        raise ConfigError(f"--row {row}: expected the number of a row, counted from 1, or NAME:NUMBER")
+    return name or config.data.dataset[0], int(number)
+
+
+def _examples(row: Inspected) -> list[Any]:
+    if row.kind in KINDS:
+        kind = KINDS[row.kind]
+        return [kind.make(*row.learned[i : i + kind.size]) for i in range(0, len(row.learned), kind.size)]
+    return [one.example() for one in row.learned]
+
+
+def _sentences(row: Inspected) -> Iterator[str]:
+    for certificate in row.certificates:
+        yield f"certificate: {_certificate(certificate)}"
+    for finding in row.findings:
+        verb = {"cut": "cut", "note": "note"}.get(finding.kind, "left out")
+        yield f"{verb}: {finding.message}{'. ' + finding.fix if finding.fix else ''}"
+
+
+def _certificate(certificate: Certificate) -> str:
+    turns = [
+        f"message {turn.index + 1} at characters {turn.start}-{turn.end}"
+        + ("" if turn.ended else ", without an end")
+        + ("" if turn.served else ", otherwise than in chat")
+        for turn in certificate.turns
+    ]
+    marks = " (marked by the template)" if certificate.marked else ""
+    what = f"learned{marks}: {'; '.join(turns)}; nothing else" if turns else "nothing is learned"
+    return f"the text is what apply_chat_template renders; {what}"
+
+
+def _described(row: Inspected, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    certificates = [
+        {"turns": [{"message": t.index + 1, "start": t.start, "end": t.end, "ended": t.ended, "served": t.served}
+                   for t in c.turns], "marked": c.marked, "notes": list(c.notes)}
+        for c in row.certificates
+    ]  # fmt: skip
+    findings = [{"kind": f.kind, "code": f.code, "message": f.message, "fix": f.fix} for f in row.findings]
+    examples = [describe(example, tokenizer) for example in _examples(row)]
+    return {"source": str(row.source), "kind": row.kind, "examples": examples, "certificates": certificates,
+            "findings": findings}  # fmt: skip

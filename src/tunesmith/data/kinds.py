@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -51,6 +51,8 @@ def prompt_of(row: Learned) -> PromptExample:
 PAIR: Kind[PairExample] = Kind("pair", 2, pair_of)
 FEEDBACK: Kind[FeedbackExample] = Kind("feedback", 1, feedback_of)
 PROMPT: Kind[PromptExample] = Kind("prompt", 1, prompt_of)
+KINDS: Mapping[Target, Kind[Any]] = {kind.name: kind for kind in (PAIR, FEEDBACK, PROMPT)}
+"""By what is needed of a raw row."""
 
 
 class Rows(Sequence[K]):

@@ -30,20 +30,26 @@ _FIELDS = {"query_column": "query", "history_column": "history", "system_column"
 
 
 def load_examples(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport, target: Target | None = None
 ) -> tuple[Examples, Examples | None]:
     """(train, eval) rows of a configuration; what became of each row goes to ``report``.
 
     The rows are tokenised once and kept; they are read from disk as they are needed.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        report: the account.
+        target: ``conversation`` or ``document``; what the stage needs if None.
 
     Raises:
         DataError: a file cannot be used, rows that ``on_bad_row`` does not let pass (all of them at once), or nothing is
             left to learn.
         TemplateError: the tokenizer cannot be used for the stage.
     """
-    length = config.data.cutoff_len
-    train, held_out = _load(config, tokenizer, report, target_of(config))
-    if config.finetuning.stage != "pt":
+    length, target = config.data.cutoff_len, target or target_of(config)
+    train, held_out = _load(config, tokenizer, report, target)
+    if target != "document":
         return train, held_out
     return blocks(train, length, report), None if held_out is None else blocks(held_out, length, report)
 
