@@ -15,7 +15,26 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = "time year people way day man thing woman life child world school state family student group country problem".split()
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+]
 
 
 def main() -> None:
