@@ -24,6 +24,9 @@ app = typer.Typer(
 
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file.", show_default=False)]
 ReadAs = Literal["conversation", "document", "pair", "feedback", "prompt"]
+ReadAsOption = Annotated[
+    ReadAs | None, typer.Option("--as", help="What rows are read as; by default what the stage needs.", show_default=False)
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that win over the file.", show_default=False)]
 
 
@@ -62,12 +65,13 @@ def check(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw the token lengths into this file.")] = None,
+    kind: ReadAsOption = None,
 ) -> None:
     """Find every error in configuration, data and template, without loading weights; exit status 1 if there is one."""
     from tunesmith.check.data_check import check as look
     from tunesmith.check.show import plot_lengths, sentences
 
-    checked = look(config, overrides or ())
+    checked = look(config, overrides or (), kind)
     if as_json:
         print(json.dumps(checked.to_dict(), ensure_ascii=False))
     else:
@@ -87,7 +91,7 @@ def preview(
         list[str] | None,
         typer.Option(help="Show this row: its number in the first data set, or NAME:NUMBER; may be given again."),
     ] = None,
-    kind: Annotated[ReadAs | None, typer.Option("--as", help="What rows are read as; by default what the stage needs.")] = None,
+    kind: ReadAsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Show rows as the model is trained on them, the learned part marked."""

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
+from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix, target_of
 from tunesmith.data.report import DataReport, Finding
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
+from tunesmith.data.sniff import Target
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_tokenizer
@@ -55,8 +57,14 @@ class Checked:
                 "lengths": self.lengths, "plan": self.plan}  # fmt: skip
 
 
-def check(path: str | Path, overrides: Sequence[str] = ()) -> Checked:
-    """Look at configuration, tokenizer, template and every row. Raises nothing that a user can cause."""
+def check(path: str | Path, overrides: Sequence[str] = (), target: Target | None = None) -> Checked:
+    """Look at configuration, tokenizer, template and every row. Raises nothing that a user can cause.
+
+    Args:
+        path: of the configuration.
+        overrides: ``key=value``.
+        target: what rows are read as; what the stage needs if None.
+    """
     checked = Checked()
     try:
         config, notices = load_config(path, overrides)
@@ -68,7 +76,7 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> Checked:
     try:
         tokenizer = load_tokenizer(config.model)
         _look_at_tokenizer(tokenizer, checked)
-        _look_at_data(config, tokenizer, checked)
+        _look_at_data(config, target or target_of(config), tokenizer, checked)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
     return checked
@@ -100,11 +108,11 @@ def _look_at_tokenizer(tokenizer: PreTrainedTokenizerBase, checked: Checked) -> 
 # ---- data
 
 
-def _look_at_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
+def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
     data = config.data
     seen: _Seen = {}
-    train = [_look_at_set(config, name, i, tokenizer, checked, seen) for i, name in enumerate(data.dataset)]
-    held_out = [_look_at_set(config, name, 0, tokenizer, checked, seen, held_out=True) for name in data.eval_dataset]
+    train = [_look_at_set(config, name, i, target, tokenizer, checked, seen) for i, name in enumerate(data.dataset)]
+    held_out = [_look_at_set(config, name, 0, target, tokenizer, checked, seen, held_out=True) for name in data.eval_dataset]
     mixed = mix(data, [rows for rows in train if rows is not None], data_seed(config))
     unseen = joined([rows for rows in held_out if rows is not None])
     if not len(mixed):
@@ -112,9 +120,11 @@ def _look_at_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checked
     try:
         if share := data.val_size or data.dev_ratio:
             mixed, unseen = hold_out(mixed, share, data_seed(config))
-        rows: Examples = mixed
-        evaluated: Examples = unseen
-        if config.finetuning.stage == "pt":
+        rows: Examples | Rows[Any] = mixed
+        evaluated: Examples | Rows[Any] = unseen
+        if target in KINDS:
+            rows, evaluated = Rows(mixed, KINDS[target]), Rows(unseen, KINDS[target])
+        elif target == "document":
             rows = blocks(mixed, data.cutoff_len, DataReport())
             evaluated = Blocks(unseen, data.cutoff_len)
             checked.notes.append(f"{rows.remainder:,} tokens behind the last full block are left out")
@@ -129,6 +139,7 @@ def _look_at_set(
     config: RunConfig,
     name: str,
     number: int,
+    target: Target,
     tokenizer: PreTrainedTokenizerBase,
     checked: Checked,
     seen: _Seen,
@@ -138,7 +149,7 @@ def _look_at_set(
     report = DataReport()
     rows, duplicates = None, 0
     try:
-        rows = load_set(config, name, number, tokenizer, report, target_of(config), stop=False)
+        rows = load_set(config, name, number, tokenizer, report, target, stop=False)
         duplicates = _repeated(rows, checked, seen, held_out)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
@@ -211,7 +222,7 @@ def _lengths(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _plan(config: RunConfig, train: Examples, held_out: Examples) -> dict[str, Any]:
+def _plan(config: RunConfig, train: Examples | Rows[Any], held_out: Examples | Rows[Any]) -> dict[str, Any]:
     training = config.training
     capacity = config.data.cutoff_len if config.data.packing else None
     loader = DataLoader(train, training.per_device_train_batch_size, training.gradient_accumulation_steps, capacity=capacity)
