@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.conftest import make_rows, make_tokenizer, tunesmith, write_dataset
-from tunesmith.model.load import repair_pad_token
+from tunesmith.model.tokenizer import repair_pad_token
 from tunesmith.train.runlog import read_log
 
 

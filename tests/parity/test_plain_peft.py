@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import tunesmith
 from tunesmith.config.load import load_config
-from tunesmith.model.load import read_tokenizer
+from tunesmith.model.tokenizer import read_tokenizer
 from tunesmith.serve.chat import load_tuned
 
 PLAIN = """

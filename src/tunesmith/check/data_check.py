@@ -22,7 +22,7 @@ from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.data.sniff import Target
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.types import Source
 
 _PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")

@@ -21,7 +21,7 @@ from tunesmith.data.sniff import Target
 from tunesmith.data.template import Certificate
 from tunesmith.errors import ConfigError
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer
 
 
 def preview(config: RunConfig, count: int, console: Console, as_json: bool = False, target: Target | None = None) -> None:

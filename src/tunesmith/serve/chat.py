@@ -21,8 +21,9 @@ from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.generate.engine import ChatEngine
 from tunesmith.model.adapter import ADAPTER_CONFIG, load_finished
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import load_base_model, load_tokenizer, read_tokenizer
+from tunesmith.model.load import load_base_model
 from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.train.runfolder import CONFIG, is_finished
 from tunesmith.types import Message
 
