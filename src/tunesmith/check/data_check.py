@@ -20,6 +20,7 @@ from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix, t
 from tunesmith.data.report import DataReport, Finding
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.data.sniff import Target
+from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.tokenizer import load_tokenizer
@@ -76,6 +77,8 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target | None
     try:
         tokenizer = load_tokenizer(config.model)
         _look_at_tokenizer(tokenizer, checked)
+        for sentence in no_effect(tokenizer, config.data.template_options):
+            checked.warnings.append(_entry("no-effect", sentence, fix="Remove the key, or use a template that knows it."))
         _look_at_data(config, target or target_of(config), tokenizer, checked)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))

@@ -20,6 +20,7 @@ from tunesmith.data.selection import Examples
 from tunesmith.data.sniff import Target
 from tunesmith.data.template import Certificate
 from tunesmith.errors import ConfigError
+from tunesmith.data.thinking import no_effect
 from tunesmith.model.library import quiet_library
 from tunesmith.model.tokenizer import load_tokenizer
 
@@ -36,7 +37,7 @@ def preview(config: RunConfig, count: int, console: Console, as_json: bool = Fal
     """
     quiet_library()
     tokenizer = load_tokenizer(config.model)
-    report = DataReport()
+    report = DataReport(found=no_effect(tokenizer, config.data.template_options))
     train, held_out = _load(config, tokenizer, report, target or target_of(config))
     if as_json:
         rows = [describe(example, tokenizer) for example in train[:count]]

@@ -127,6 +127,15 @@ class DataArguments(Arguments):
         None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="Day that templates take for today; the day the run began if unset."
     )
     default_system: str | None = Field(None, description="System message for rows that have none.")
+    enable_thinking: bool | None = Field(
+        None,
+        description="Given to the chat template as its variable of that name, in training and in chat. false: rows are learned "
+        "without their reasoning. Unset: the template's own default.",
+    )
+    mask_history: bool = Field(False, description="Learn only the last assistant turn of each row; earlier ones are shown.")
+    train_on_prompt: bool = Field(
+        False, description="Learn all of each row: what system, user and tools say, as well as the assistant's turns."
+    )
     cutoff_len: int = Field(2048, gt=1, description="Longest row in tokens (see truncation). In stage pt, tokens of a block.")
     truncation: Literal["keep_end", "keep_start", "split", "drop", "error"] = Field(
         "keep_end",
@@ -164,6 +173,11 @@ class DataArguments(Arguments):
         "each other; without it a unit is one row.",
     )
     disable_shuffling: bool = Field(False, description="Train in file order instead of a seeded order.")
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Variables that are handed to the chat template."""
+        return {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
 
 
 DataTrainingArguments = DataArguments

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tunesmith.config.arguments import SECTIONS, Arguments, GeneratingArguments, ModelArguments, RunConfig
+from tunesmith.config.arguments import SECTIONS, Arguments, DataArguments, GeneratingArguments, ModelArguments, RunConfig
 from tunesmith.config.rules import NICKNAMES, NO_EFFECT, ONE_SHOT, UNSUPPORTED, violations
 from tunesmith.errors import ConfigError
 
@@ -89,18 +89,21 @@ def _prefer_resuming(raw: RawConfig) -> list[str]:
     return [f"{raw.places[overwrite]}  {overwrite} is set aside: the run is to be resumed"]
 
 
-def load_model_settings(name_or_path: str, overrides: Sequence[str]) -> tuple[ModelArguments, GeneratingArguments]:
-    """Settings for using a model without a run: only those two sections. Raises ConfigError as ``load_config`` does."""
+def load_model_settings(
+    name_or_path: str, overrides: Sequence[str]
+) -> tuple[ModelArguments, DataArguments, GeneratingArguments]:
+    """Settings for using a model without a run: only those three sections. Raises ConfigError as ``load_config`` does."""
     raw = RawConfig(values={"model_name_or_path": name_or_path})
     read_overrides(overrides, raw)
-    wanted: dict[str, type[Arguments]] = {"model": ModelArguments, "generating": GeneratingArguments}
+    wanted: dict[str, type[Arguments]] = {"model": ModelArguments, "data": DataArguments, "generating": GeneratingArguments}
     parsed = parse_sections(raw, wanted)
     if raw.problems:
         raise ConfigError(describe(raw.problems, None))
-    model, generating = parsed["model"], parsed["generating"]
+    model, data, generating = parsed["model"], parsed["data"], parsed["generating"]
     assert isinstance(model, ModelArguments)
+    assert isinstance(data, DataArguments)
     assert isinstance(generating, GeneratingArguments)
-    return model, generating
+    return model, data, generating
 
 
 def read_file(path: Path, raw: RawConfig) -> None:

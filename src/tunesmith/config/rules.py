@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tunesmith.config.arguments import (
     Arguments,
     DataArguments,
+    FinetuningArguments,
     ModelArguments,
     TrainingArguments,
 )
@@ -28,13 +29,11 @@ UNSUPPORTED = {
     "deepspeed": "runs use one process in this version",
     "do_eval": "to evaluate while training, set eval_strategy or eval_steps",
     "do_predict": "prediction over a data set is not supported in this version",
-    "enable_thinking": "the template decides; this switch is not supported in this version",
     "finetuning_args": "the keys stand on their own, without nesting",
     "flash_attn": "use attn_implementation: auto, sdpa or eager",
     "freeze_trainable_layers": "finetuning_type: freeze is not supported in this version",
     "freeze_trainable_modules": "finetuning_type: freeze is not supported in this version",
     "fsdp": "runs use one process in this version",
-    "mask_history": "every assistant turn is learned in this version",
     "name_module_trainable": "finetuning_type: freeze is not supported in this version",
     "num_layer_trainable": "finetuning_type: freeze is not supported in this version",
     "padding_side": "training batches have no padding; remove the key",
@@ -47,7 +46,6 @@ UNSUPPORTED = {
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
     "streaming": "data sets are read whole in this version",
-    "train_on_prompt": "only assistant turns are learned in this version",
 }
 """Keys of other toolkits that would change a result and cannot be honoured: refused, with what to do instead."""
 
@@ -94,6 +92,8 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
         yield from _model_rules(model, training if isinstance(training, TrainingArguments) else None)
     if isinstance(data, DataArguments):
         yield from _data_rules(data)
+        if isinstance(finetuning := sections.get("finetuning"), FinetuningArguments):
+            yield from _learning_rules(data, finetuning)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         if isinstance(data, DataArguments):
@@ -132,6 +132,15 @@ def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:
         yield "source_prefix", "one prefix per set does not say which one eval_dataset takes; give one prefix for all"
     if len(prefixes) not in (1, len(data.dataset)):
         yield "source_prefix", f"{len(prefixes)} prefixes for {len(data.dataset)} data sets; give one, or one per set"
+
+
+def _learning_rules(data: DataArguments, finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    asked = [key for key in ("mask_history", "train_on_prompt") if getattr(data, key)]
+    if finetuning.stage != "sft":
+        for key in asked:
+            yield key, f"has no meaning with stage: {finetuning.stage}, only with stage: sft; remove the key"
+    elif len(asked) > 1:
+        yield "train_on_prompt", "learns all of a row, mask_history only its last assistant turn; keep one of the two"
 
 
 def _training_rules(training: TrainingArguments) -> Iterator[tuple[str, str]]:

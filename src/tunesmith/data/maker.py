@@ -14,6 +14,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, Kind
 from tunesmith.data.template import ChatTemplate, Rendered
+from tunesmith.data.thinking import LEFT_OUT, is_off, without_reasoning
 from tunesmith.data.tokenize import Job, Text, TextEncoder, Tokens
 from tunesmith.data.truncate import Truncation
 from tunesmith.errors import TemplateError
@@ -70,14 +71,17 @@ class DialogueMaker(ABC, Generic[T]):
     Attributes:
         encoder: tokenises.
         renderings: how many a row has where the template never rewrites a turn.
+        learns_prompt: whether all of a row's last rendering is learned, not its turns alone.
     """
 
     renderings = 1
+    learns_prompt = False
 
     def __init__(self, template: ChatTemplate, limits: Limits) -> None:
         self.template = template
         self.encoder = template.encoder
         self.limits = limits
+        self._answers_alone = is_off(template)
 
     # ---- what differs
 
@@ -101,6 +105,9 @@ class DialogueMaker(ABC, Generic[T]):
 
     def render(self, row: T, report: DataReport) -> tuple[T, Views] | None:
         """The views of a row; None, and counted, where they cannot be certified."""
+        if self._answers_alone and (answers := without_reasoning(row)) != row:
+            report.add("note", "reasoning", LEFT_OUT, row.source)
+            row = answers
         try:
             return row, self.views(row)
         except TemplateError as error:
@@ -136,7 +143,8 @@ class DialogueMaker(ABC, Generic[T]):
             remarks.append(_SEVERAL)
         for made in tokens:
             if made.joined or made.guarded:
-                remarks += [_JOINED] * made.joined + [_GUARDED] * made.guarded
+                learned = self.learns_prompt and made is tokens[-1]  # such a token begins in the prompt
+                remarks += [_JOINED] * (made.joined and not learned) + [_GUARDED] * made.guarded
         for remark in dict.fromkeys(remarks):
             report.add("note", "template", remark, row.source)
 

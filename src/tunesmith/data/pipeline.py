@@ -14,7 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from tunesmith.data.documents import DocumentMaker
 from tunesmith.data.feedback import FeedbackMaker
 from tunesmith.data.learned import Learned
 from tunesmith.data.maker import DialogueMaker, Limits, Maker
+from tunesmith.data.objective import EVERY_TURN, Objective
 from tunesmith.data.pairwise import PairMaker
 from tunesmith.data.preference import convert_feedback, convert_pair, convert_prompt
 from tunesmith.data.problem import BadRow, RowProblem
@@ -66,6 +67,8 @@ class Recipe:
         default_system: system message for rows without one.
         placeholders: name -> text that replaces ``{{name}}``; None: not set, rows that hold it are remarked on.
         date: what the template takes for today.
+        options: further variables for the template.
+        objective: what is learned of a dialogue (target conversation).
     """
 
     target: Target
@@ -74,6 +77,8 @@ class Recipe:
     default_system: str | None
     placeholders: Mapping[str, str | None]
     date: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective = EVERY_TURN
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,12 @@ class ChunkMaker:
         self.__dict__.update(state)
         self._set_up()
 
+    @property
+    def options_read(self) -> dict[str, Any]:
+        """The further variables at which the chat template looks."""
+        unread = self.maker.template.unread if isinstance(self.maker, DialogueMaker) else tuple(self.recipe.options)
+        return {name: value for name, value in self.recipe.options.items() if name not in unread}
+
     def make(self, batch: Batch) -> Result:
         """All three steps."""
         return self.finish(self.tokenise(self.begin(batch)))
@@ -269,12 +280,15 @@ def make_maker(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Make
     """What makes tokenised rows of converted ones, and the source of its chat template (none for documents)."""
     if recipe.target == "document":
         return DocumentMaker(tokenizer, TextEncoder(tokenizer)), ""
-    template = ChatTemplate(tokenizer, recipe.date)
-    return _MAKERS[recipe.target](template, Limits(recipe.cutoff_len, recipe.truncation)), template.source
+    template = ChatTemplate(tokenizer, recipe.date, options=recipe.options)
+    limits = Limits(recipe.cutoff_len, recipe.truncation)
+    if recipe.target == "conversation":
+        return ConversationMaker(template, limits, recipe.objective), template.source
+    return _MAKERS[recipe.target](template, limits), template.source
 
 
 _MAKERS: Mapping[Target, type[DialogueMaker[Any]]] = {
-    "conversation": ConversationMaker, "pair": PairMaker, "feedback": FeedbackMaker, "prompt": PromptMaker,
+    "pair": PairMaker, "feedback": FeedbackMaker, "prompt": PromptMaker,
 }  # fmt: skip
 _CONVERTERS: Mapping[Target, Callable[..., Row]] = {
     "conversation": convert_row, "pair": convert_pair, "feedback": convert_feedback, "prompt": convert_prompt,
@@ -322,7 +336,13 @@ def _key(attr: DatasetAttr, dataset_dir: str, limit: int | None, recipe: Recipe,
         "files": [(path.name, file_sha(path)) for path in data_files(attr, dataset_dir)],
         "attr": attr.model_dump(mode="json", exclude={"num_samples"}),
         "limit": limit,
-        "recipe": {**recipe.__dict__, "placeholders": dict(recipe.placeholders), "date": recipe.date if dated else None},
+        "recipe": {
+            **recipe.__dict__,
+            "placeholders": dict(recipe.placeholders),
+            "date": recipe.date if dated else None,
+            "options": chunks.options_read,
+            "objective": asdict(recipe.objective),
+        },
         "tokenizer": chunks.maker.encoder.digest,
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "template": chunks.template_source,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.config.paths import data_cache
 from tunesmith.data.kinds import Kind, Rows
+from tunesmith.data.objective import Objective
 from tunesmith.data.pipeline import Place, Recipe, convert_rows, tokenised
 from tunesmith.data.problem import BadRow
 from tunesmith.data.registry import load_attrs
@@ -148,6 +149,8 @@ def make_recipe(data: DataArguments, target: Target) -> Recipe:
         default_system=data.default_system,
         placeholders={"name": data.identity_name, "author": data.identity_author},
         date=data.template_date,
+        options=data.template_options,
+        objective=Objective(data.mask_history, data.train_on_prompt),
     )
 
 

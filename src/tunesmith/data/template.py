@@ -15,15 +15,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2 import meta
 
 from tunesmith.data.dialogue import Dialogue, Engine
 from tunesmith.data.marks import turns_by_marks
 from tunesmith.data.probe import TOOL, Probe
+from tunesmith.data.sandbox import ChatEnvironment
 from tunesmith.data.skeleton import Shape, Skeleton, fill, learn, shape_of, with_known_trims
 from tunesmith.data.tokenize import Text, TextEncoder
 from tunesmith.data.trace import MARK, TracedStr
 from tunesmith.data.turns import Found, Placed, Turn, TurnFinder, checked_turns
-from tunesmith.data.wire import as_messages
+from tunesmith.data.wire import as_messages, owner
 from tunesmith.data.words import merged, unshown
 from tunesmith.errors import TemplateError
 from tunesmith.types import Message, Tools
@@ -170,6 +172,23 @@ class ChatTemplate:
         text, found = self._found(dialogue, len(messages), _learned(messages), False)
         for reason in found.missing.values():
             raise TemplateError(reason)
+        return self._finish(text, dialogue, found.placed)
+
+    def whole(self, messages: Sequence[Message], tools: Tools = ()) -> Rendered:
+        """One rendering of the whole conversation, with every assistant turn that it shows, whatever its weight.
+
+        Raises:
+            TemplateError: the template refuses the conversation, or where a turn begins and ends in it cannot be told.
+        """
+        if tools and self._with_tools:
+            return self._with_tools.whole(messages, tools)
+        dialogue = self._probe.dialogue(messages, tools)
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        text, found = self._found(dialogue, len(messages), turns, True)
+        shown = {owner(span.origin) for span in text.spans}
+        for index, reason in found.missing.items():
+            if index in shown:
+                raise TemplateError(reason)
         return self._finish(text, dialogue, found.placed)
 
     def views(self, messages: Sequence[Message], tools: Tools = ()) -> list[Rendered]:
@@ -357,6 +376,13 @@ class ChatTemplate:
         return list(tokens.ids.tolist())
 
     # ---- what is known of the template
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """The options that the template never looks at."""
+        read = meta.find_undeclared_variables(ChatEnvironment().parse(self.source))
+        also = set(self.options) - set(self._with_tools.unread) if self._with_tools else set()
+        return tuple(name for name in self.options if name not in read | also)
 
     @property
     def generation_prompt(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Event, Thread
 from typing import Any
 
@@ -37,12 +37,19 @@ class ChatEngine:
         model: base or adapted model, in evaluation mode, on standard attention.
         tokenizer: with a chat template.
         date: what the template takes for today; the real day if None.
+        options: further variables for the template, such as ``enable_thinking``.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        date: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, date)
+        self.template = ChatTemplate(tokenizer, date, options=options)
         self._end_ids = self._turn_ends()
 
     def _turn_ends(self) -> list[int]:

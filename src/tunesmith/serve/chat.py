@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import (
     DataArguments,
@@ -17,6 +19,7 @@ from tunesmith.config.arguments import (
     TrainingArguments,
 )
 from tunesmith.config.load import load_config, load_model_settings
+from tunesmith.data.thinking import no_effect
 from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.generate.engine import ChatEngine
 from tunesmith.model.adapter import ADAPTER_CONFIG, load_finished
@@ -29,16 +32,18 @@ from tunesmith.types import Message
 
 TRAINING_KEYS = {key for cls in (DataArguments, FinetuningArguments, TrainingArguments) for key in cls.model_fields} - {
     "default_system",
+    "enable_thinking",
     "template_date",
 }
 """Keys that would have no effect in a chat, and are refused there."""
 
+log = logging.getLogger(__name__)
 _HELP = "/clear forgets the conversation, /system TEXT sets the system message, /exit ends (Ctrl-D too)"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A loaded model, how it generates, and the system message it was trained with."""
+    """A loaded model, how it generates, and its system message: of the run, unless another is asked for."""
 
     engine: ChatEngine
     generating: GeneratingArguments
@@ -59,20 +64,33 @@ def load_chat(target: str, overrides: Sequence[str] = ()) -> Chat:
     quiet_library()
     device = pick_device()
     run = Path(target)
+    asked = [override.partition("=")[0] for override in overrides]
+    if useless := [key for key in asked if key in TRAINING_KEYS]:
+        raise ConfigError(f"{', '.join(useless)}: settings of training; chat takes those of the model and of generation")
     if not (run / CONFIG).is_file():
         if (run / ADAPTER_CONFIG).is_file():
             raise ModelError(f"{run}: an adapter without {CONFIG}; its base model is not known")
-        model_args, generating = load_model_settings(target, overrides)
+        model_args, data, generating = load_model_settings(target, overrides)
         plain = load_base_model(model_args, resolve_dtype(model_args.compute_dtype, device), device)
-        return Chat(ChatEngine(plain, load_tokenizer(model_args)), generating, None)
+        return _chat(plain, load_tokenizer(model_args), data, generating, data.template_date)
     if not is_finished(run):
         raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
-    useless = [key for key in (o.partition("=")[0] for o in overrides) if key in TRAINING_KEYS]
-    if useless:
-        raise ConfigError(f"{', '.join(useless)}: settings of training; chat takes those of the model and of generation")
     config, _ = load_config(run / CONFIG, overrides)
     tuned = load_tuned(run, config.model, resolve_dtype(config.compute_dtype, device), device)
-    return Chat(ChatEngine(tuned, read_tokenizer(str(run))), config.generating, config.data.default_system)
+    day = config.data.template_date if "template_date" in asked else None  # the run's own day is over
+    return _chat(tuned, read_tokenizer(str(run)), config.data, config.generating, day)
+
+
+def _chat(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    generating: GeneratingArguments,
+    day: str | None,
+) -> Chat:
+    for sentence in no_effect(tokenizer, data.template_options):
+        log.warning(sentence)
+    return Chat(ChatEngine(model, tokenizer, day, data.template_options), generating, data.default_system)
 
 
 def load_tuned(run: Path, args: ModelArguments, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

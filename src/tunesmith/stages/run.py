@@ -13,6 +13,7 @@ from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
+from tunesmith.data.thinking import no_effect
 from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
@@ -57,6 +58,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     """
     quiet_library()
     tokenizer = load_tokenizer(config.model)
+    for sentence in no_effect(tokenizer, config.data.template_options):
+        reporter.note(f"warning: {sentence}")
     report = DataReport()
     train, held_out = load_examples(config, tokenizer, report)
     for line in report.lines():

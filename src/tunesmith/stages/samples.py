@@ -19,7 +19,8 @@ def sample_answers(config: RunConfig, trainer: PeftTrainer, when: str, file: Pat
     system = config.data.default_system
     opening = [Message("system", system)] if system is not None else []
     with answering(trainer.model, trainer.given.attention), file.open("a", encoding="utf-8") as sink:
-        engine = ChatEngine(trainer.model, trainer.given.tokenizer, config.data.template_date)
+        data = config.data
+        engine = ChatEngine(trainer.model, trainer.given.tokenizer, data.template_date, data.template_options)
         for prompt in config.training.sample_prompts:
             answer = engine.answer([*opening, Message("user", prompt)], greedy)
             trainer.given.reporter.note(f"{when}: {prompt}  ->  {' '.join(answer.split())}")
