@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.conftest import SHARED, make_rows, tunesmith, write_dataset
 from tunesmith.config.arguments import DataArguments, DatasetAttr
 from tunesmith.data import pipeline
+from tunesmith.data.objective import Objective
 from tunesmith.data.pipeline import Place, Recipe, tokenised
 from tunesmith.data.prepare import make_recipe
 from tunesmith.data.store import TokenSet, partial
@@ -53,10 +55,14 @@ def test_the_second_time_nothing_is_tokenised(
     assert again.progress.report.to_dict() == first.progress.report.to_dict()
 
 
-@pytest.mark.parametrize("change", ["data", "template", "cutoff", "limit", "column", "system", "special"])
+@pytest.mark.parametrize(
+    "change", ["data", "template", "cutoff", "limit", "column", "system", "special", "thinking", "history", "prompt"]
+)
 def test_whatever_matters_makes_another_store(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, change: str) -> None:
     folder = write_dataset(tmp_path / "data", make_rows(20))
     place = Place(tmp_path / "cache")
+    if change == "thinking":
+        tokenizer.chat_template += "{% if enable_thinking %}{% endif %}"
     tokenised(attr(), str(folder), None, DIALOGUES, tokenizer, place)
     recipe, given, limit = DIALOGUES, attr(), None
     if change == "data":
@@ -75,10 +81,21 @@ def test_whatever_matters_makes_another_store(tokenizer: PreTrainedTokenizerBase
         given = attr(source_prefix="> ")
     elif change == "system":
         recipe = Recipe(**{**DIALOGUES.__dict__, "default_system": "be"})
+    elif change == "thinking":
+        recipe = replace(DIALOGUES, options={"enable_thinking": False})
+    elif change in ("history", "prompt"):
+        recipe = replace(DIALOGUES, objective=Objective(change == "history", change == "prompt"))
     else:
         tokenizer.eos_token = "<|endoftext|>"
     tokenised(given, str(folder), limit, recipe, tokenizer, place)
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 2
+
+
+def test_what_the_template_never_looks_at_makes_no_other_store(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", make_rows(5))
+    for recipe in (DIALOGUES, replace(DIALOGUES, options={"enable_thinking": False}, date="2026-01-02")):
+        tokenised(attr(), str(folder), None, recipe, tokenizer, Place(tmp_path / "cache"))
+    assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
 
 
 def test_workers_and_threads_write_the_same_bytes(
