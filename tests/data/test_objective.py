@@ -14,16 +14,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.conftest import CHATML, tunesmith, write_dataset
 from tests.data.test_prepare import THINKING
-from tunesmith.data.objective import EVERY_TURN, Objective
+from tunesmith.config.arguments import DataArguments
+from tunesmith.data.preprocess import preprocess_data
 from tunesmith.data.report import DataReport
-from tunesmith.data.supervised import preprocess_data
 from tunesmith.data.thinking import LEFT_OUT
 from tunesmith.errors import DataError
-from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message, Source, ToolCall
+from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message, PreferencePair, Source, ToolCall
 
 SOURCE = Source("d", "d.jsonl", 1, 1)
-PROMPT = Objective(train_on_prompt=True)
-LAST = Objective(mask_history=True)
+PROMPT: dict[str, Any] = {"train_on_prompt": True}
+LAST: dict[str, Any] = {"mask_history": True}
 TURNS = (
     Message("system", "be"),
     Message("user", "a?"),
@@ -42,12 +42,10 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def made(
-    tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], objective: Objective = EVERY_TURN, **options: Any
-) -> tuple[list[Example], DataReport]:
+def made(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], **values: Any) -> tuple[list[Example], DataReport]:
     report = DataReport()
-    row = Conversation(messages, SOURCE)
-    return preprocess_data([row], tokenizer, 512, report, "2026-01-02", objective=objective, options=options), report
+    args = DataArguments(cutoff_len=512, template_date="2026-01-02", **values)
+    return preprocess_data([Conversation(messages, SOURCE)], tokenizer, args, report), report
 
 
 def weighed(*weights: float) -> tuple[Message, ...]:
@@ -73,7 +71,7 @@ def learned(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def test_the_last_turn_alone_keeps_its_own_weight(tokenizer: PreTrainedTokenizerBase) -> None:
-    (example,), report = made(tokenizer, weighed(2, 0.5), LAST)
+    (example,), report = made(tokenizer, weighed(2, 0.5), **LAST)
     assert stretches(example, tokenizer) == [(0.5, "B.<|im_end|>")]
     assert tokenizer.decode(example.input_ids) == tokenizer.decode(made(tokenizer, TURNS)[0][0].input_ids)
     assert report.supervised == (example.labels != IGNORE_INDEX).sum()
@@ -82,19 +80,19 @@ def test_the_last_turn_alone_keeps_its_own_weight(tokenizer: PreTrainedTokenizer
 def test_a_thinking_row_gives_one_example_of_its_last_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = THINKING.replace("\\\n", "")
     thoughts = tuple(replace(m, content=f"<think>t</think>{m.content}") if m.role == "assistant" else m for m in TURNS)
-    assert learned(made(tokenizer, thoughts, LAST)[0], tokenizer) == [["<think>t</think>B.<|im_end|>"]]
+    assert learned(made(tokenizer, thoughts, **LAST)[0], tokenizer) == [["<think>t</think>B.<|im_end|>"]]
 
 
 def test_a_last_turn_of_weight_zero_leaves_nothing_and_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"has the weight 0, and mask_history learns no other \(d.jsonl:1 \(row 1\)\)"):
-        made(tokenizer, weighed(1, 0), LAST)
+        made(tokenizer, weighed(1, 0), **LAST)
 
 
 # ---- train_on_prompt
 
 
 def test_everything_but_the_first_token_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
-    (example,), report = made(tokenizer, TURNS, PROMPT)
+    (example,), report = made(tokenizer, TURNS, **PROMPT)
     assert example.labels[0] == IGNORE_INDEX
     assert example.labels[1:].tolist() == example.input_ids[1:].tolist()
     assert example.weights is None
@@ -102,7 +100,7 @@ def test_everything_but_the_first_token_is_learned(tokenizer: PreTrainedTokenize
 
 
 def test_turns_keep_their_weights_in_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    (example,), report = made(tokenizer, weighed(0, 0.5), PROMPT)
+    (example,), report = made(tokenizer, weighed(0, 0.5), **PROMPT)
     assert stretches(example, tokenizer) == [
         (1, "system\nbe<|im_end|>\n<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"),
         (1, "\n<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n"),
@@ -115,7 +113,7 @@ def test_turns_keep_their_weights_in_it(tokenizer: PreTrainedTokenizerBase) -> N
 def test_what_a_later_view_shows_otherwise_is_learned_once_as_served(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = THINKING.replace("\\\n", "")
     thoughts = tuple(replace(m, content=f"<think>t</think>{m.content}") if m.role == "assistant" else m for m in TURNS)
-    examples, report = made(tokenizer, thoughts, PROMPT)
+    examples, report = made(tokenizer, thoughts, **PROMPT)
     assert learned(examples, tokenizer) == [
         ["<think>t</think>A.<|im_end|>"],
         [
@@ -128,27 +126,27 @@ def test_what_a_later_view_shows_otherwise_is_learned_once_as_served(tokenizer: 
 
 
 def test_what_follows_the_last_answer_is_learned_too(tokenizer: PreTrainedTokenizerBase) -> None:
-    (example,), _ = made(tokenizer, (*TURNS, Message("user", "c?")), PROMPT)
+    (example,), _ = made(tokenizer, (*TURNS, Message("user", "c?")), **PROMPT)
     assert (example.labels[1:] != IGNORE_INDEX).all()
     assert tokenizer.decode(example.input_ids).endswith("B.<|im_end|>\n<|im_start|>user\nc?<|im_end|>\n")
     tokenizer.chat_template = THINKING.replace("\\\n", "")
     thoughts = (*TURNS[:2], Message("assistant", "<think>t</think>A."), Message("user", "c?"))
-    own, whole = made(tokenizer, thoughts, PROMPT)[0]
+    own, whole = made(tokenizer, thoughts, **PROMPT)[0]
     assert learned([own], tokenizer) == [["<think>t</think>A.<|im_end|>"]]
     assert learned([whole], tokenizer)[0][1] == "\n<|im_start|>user\nc?<|im_end|>\n"
 
 
 def test_an_empty_turn_of_weight_zero_is_no_obstacle(tokenizer: PreTrainedTokenizerBase) -> None:
     silent = (*TURNS[:2], Message("assistant", "", weight=0), *TURNS[3:])
-    (example,), _ = made(tokenizer, silent, PROMPT)
+    (example,), _ = made(tokenizer, silent, **PROMPT)
     assert (example.labels[1:] != IGNORE_INDEX).all()
 
 
 def test_long_rows_are_split_without_losing_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
     report = DataReport()
-    row = Conversation(TURNS, SOURCE)
-    parts = preprocess_data([row], tokenizer, 16, report, truncation="split", objective=PROMPT)
-    whole = made(tokenizer, TURNS, PROMPT)[0][0]
+    args = DataArguments(cutoff_len=16, truncation="split", train_on_prompt=True)
+    parts = preprocess_data([Conversation(TURNS, SOURCE)], tokenizer, args, report)
+    whole = made(tokenizer, TURNS, **PROMPT)[0][0]
     assert np.concatenate([part.labels for part in parts])[1:].tolist() == whole.input_ids[1:].tolist()
     assert report.supervised == len(whole) - len(parts)  # the first token of a part is predicted by nothing
 
@@ -165,7 +163,7 @@ def test_tools_and_their_answers_are_learned_too(tokenizer: PreTrainedTokenizerB
         SOURCE,
         ({"type": "function", "function": {"name": "f"}},),
     )
-    (example,) = preprocess_data([row], tokenizer, 1024, DataReport(), objective=PROMPT)
+    (example,) = preprocess_data([row], tokenizer, DataArguments(**PROMPT), DataReport())
     assert example.labels[1:].tolist() == example.input_ids[1:].tolist()
     assert '{"type": "function", "function": {"name": "f"}}' in tokenizer.decode(example.input_ids)
 
@@ -198,6 +196,14 @@ def test_qwen3_learns_what_serving_shows_after_its_prompt(
         assert prompt.endswith(EMPTY) == (thinking is False)
     notes = [finding.message for finding in report.of("note")]
     assert (LEFT_OUT in notes) == (thinking is False and reasoning != "none")
+
+
+def test_pairs_lose_their_reasoning_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = SWITCH
+    pair = PreferencePair(TURNS[1:2], (replace(TURNS[2], content="<think>T</think>A."),), (TURNS[4],), SOURCE)
+    (example,) = preprocess_data([pair], tokenizer, DataArguments(enable_thinking=False), report := DataReport(), "dpo")
+    assert learned([example.chosen, example.rejected], tokenizer) == [[A], [B]]
+    assert [finding.count for finding in report.of("note") if finding.message == LEFT_OUT] == [1]
 
 
 def test_a_row_that_is_nothing_but_thought_keeps_it(tokenizer: PreTrainedTokenizerBase) -> None:
