@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.conftest import SHARED, make_rows, tunesmith, write_dataset
+from tests.conftest import make_rows, tunesmith, write_dataset
 from tunesmith.config.arguments import DataArguments
 from tunesmith.data.collator import collate
 from tunesmith.data.prepare import prepare_data
@@ -72,19 +72,6 @@ def test_real_sets_convert_without_loss(tiny_model: Path, shared: Path, name: st
     assert report.read == report.kept + report.left_out()
     assert report.kept > 0.99 * report.read
     assert len(examples) == report.kept
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
-def test_real_ids_are_those_of_apply_chat_template(tiny_model: Path) -> None:
-    folder = SHARED / "data" / "demo"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    report = DataReport()
-    args = DataArguments(dataset="alpaca_zh_demo", dataset_dir=str(folder), max_samples=50, cutoff_len=8192)
-    conversations = list(prepare_data(args, args.dataset, report))
-    examples = preprocess_data(conversations, tokenizer, args, report)
-    for conversation, example in zip(conversations, examples, strict=True):
-        plain = [{"role": m.role, "content": m.content} for m in conversation.messages]
-        assert example.input_ids.tolist() == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
 
 
 THINKING = """{%- set last = messages | length - 1 -%}

@@ -37,6 +37,32 @@ def test_perplexity_falls_and_is_the_exponential_of_the_loss(pretraining: dict[s
     assert 0 < report["remainder"] < 2 * 64
 
 
+FULL = {"finetuning_type": "full", "learning_rate": 1e-3, "cutoff_len": 128, "max_samples": 20, "val_size": 2, "max_steps": 12}
+LORA = {"learning_rate": 5e-4, "cutoff_len": 256, "max_samples": 10, "val_size": 1, "max_steps": 12, "compute_dtype": "auto"}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["wiki_demo", "c4_demo"])
+@pytest.mark.parametrize(
+    ("model", "changes", "below"),
+    [
+        ("{shared}/models/stories260K", FULL, 0.7),
+        pytest.param("builtin:smollm2-135m", LORA, 0.99, marks=pytest.mark.slow),
+    ],
+    ids=["stories260K", "smollm2"],
+)
+def test_real_text_lowers_held_out_perplexity(
+    settings: dict[str, Any], write_config: Any, shared: Path, name: str, model: str, changes: dict[str, Any], below: float
+) -> None:
+    settings.update(changes, stage="pt", dataset=name, dataset_dir=str(shared / "data/demo"), lr_scheduler_type="constant")
+    settings.update(model_name_or_path=model.format(shared=shared), eval_steps=12, eval_on_start=True)
+    if name == "c4_demo":
+        settings["max_samples"] = 3 * settings["max_samples"]  # shorter documents
+    tunesmith("train", write_config(settings))
+    before, after = (e["eval_perplexity"] for e in read_log(Path(settings["output_dir"])) if "eval_loss" in e)
+    assert after < below * before
+
+
 def test_a_stopped_run_goes_on(pretraining: dict[str, Any], write_config: Any) -> None:
     pretraining.update(lr_scheduler_type="constant", save_steps=2, per_device_train_batch_size=2)
     tunesmith("train", write_config(pretraining))
