@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from tests.conftest import make_rows, make_tokenizer, tunesmith, write_dataset
+from tests.conftest import make_tokenizer, tunesmith, write_dataset
 from tunesmith.model.tokenizer import repair_pad_token
 from tunesmith.train.runlog import read_log
 
@@ -71,27 +71,6 @@ def test_k5_a_full_disk_ends_the_run_and_spares_what_is_there(
         assert f"resuming from {checkpoints[-1]}" in done.stdout
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
-
-
-def test_d5_pad_equal_to_end_keeps_the_end_learned(
-    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], write_config: Any
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model, model)
-    make_tokenizer(model, pad_is_eos=True)
-    rows = make_rows(8, seed=3)
-    write_dataset(tmp_path / "data", rows)
-    settings.update(
-        model_name_or_path=str(model), max_steps=150, learning_rate=2e-2, lora_rank=16, per_device_train_batch_size=8
-    )
-    tunesmith("train", write_config(settings))
-    ended = 0
-    for row in rows:
-        answer = tunesmith(
-            "chat", settings["output_dir"], "--prompt", row["instruction"], "do_sample=false", "max_new_tokens=120"
-        ).stdout
-        ended += answer.strip() == row["output"]
-    assert ended == 8
 
 
 def test_pad_token_is_distinct_where_one_exists(tmp_path: Path) -> None:

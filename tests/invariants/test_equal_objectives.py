@@ -15,6 +15,7 @@ from tests.conftest import SHARED
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.config.load import load_config
 from tunesmith.data.collator import collate
+from tunesmith.data.loader import DataLoader
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
 from tunesmith.losses.cross_entropy import token_nll
@@ -25,7 +26,7 @@ from tunesmith.model.load import load_base_model
 from tunesmith.stages.run import run as run_stage
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.runlog import read_log
-from tunesmith.types import Example
+from tunesmith.types import IGNORE_INDEX, Example
 
 ARCHITECTURES = ["stories260K" + suffix for suffix in ("", "-mistral", "-qwen2", "-phi3", "-gemma", "-mixtral")]
 
@@ -106,8 +107,6 @@ def test_logging_interval_weighs_by_tokens(settings: dict[str, Any], write_confi
     every = history(settings, write_config, "every", max_steps=4, learning_rate=1e-12)
     config, _ = load_config(write_config({**settings, "max_steps": 4}))
     counts = []
-    from tunesmith.data.loader import DataLoader
-
     examples, _ = load_examples(config, AutoTokenizer.from_pretrained(settings["model_name_or_path"]), DataReport())
     for window in list(DataLoader(examples, 4, seed=42).windows(0))[:4]:
         counts.append(sum(b.num_targets for b in window))
@@ -129,29 +128,46 @@ def _examples(settings: dict[str, Any], write_config: Any) -> Sequence[Example]:
     return load_examples(config, AutoTokenizer.from_pretrained(settings["model_name_or_path"]), DataReport())[0]
 
 
-def test_n3_rows_end_to_end_never_see_each_other(settings: dict[str, Any], write_config: Any) -> None:
-    examples = _examples(settings, write_config)[:4]
-    model = load_base_model(
-        ModelArguments(model_name_or_path=settings["model_name_or_path"]), torch.float32, torch.device("cpu")
-    )
-    assert segments_work(model, 512) == (True, "")
-    forward = FlatForward(model, segments=True)
+LAYOUTS = ["flat", "packed", "padded sdpa", "padded eager"]
 
-    def nll(rows: list[Example]) -> list[torch.Tensor]:
-        batch = collate(rows)
+
+def _losses(examples: Sequence[Example], settings: dict[str, Any], layout: str) -> dict[int, torch.Tensor]:
+    """Row number -> negative log-likelihood of each supervised token, fp32; all rows computed together in that layout."""
+    given = ModelArguments(
+        model_name_or_path=settings["model_name_or_path"],
+        attn_implementation=layout.split()[-1] if layout.startswith("padded") else "auto",
+    )
+    model = load_base_model(given, torch.float32, torch.device("cpu"))
+    flat = not layout.startswith("padded")
+    if flat:
+        assert segments_work(model, 512) == (True, "")
+    forward = FlatForward(model, segments=flat)
+    loader = DataLoader(examples, len(examples), capacity=160 if layout == "packed" else None)
+    assert (len(loader.units) < len(examples)) == (layout == "packed")
+    counts = {row.source.row: int((row.labels[1:] != IGNORE_INDEX).sum()) for row in examples}
+    losses: dict[int, torch.Tensor] = {}
+    for (batch,) in loader.windows(0):
         with torch.no_grad():
             values = token_nll(forward.logits(batch), batch.targets_S)
-        counts = [int((row.labels[1:] != -100).sum()) for row in rows]
-        return list(values.split(counts))
+        rows = [source.row for source in batch.sources]
+        losses |= dict(zip(rows, values.split([counts[row] for row in rows]), strict=True))
+    assert losses.keys() == counts.keys()
+    return losses
 
-    together = nll(examples)
-    for row, value in zip(examples, together, strict=True):
-        torch.testing.assert_close(nll([row])[0], value, rtol=1e-5, atol=1e-6)
-    changed = Example(examples[0].input_ids[::-1].copy(), examples[0].labels, examples[0].source)
-    after = nll([changed, *examples[1:]])
-    assert not torch.equal(after[0], together[0])
-    for one, other in zip(after[1:], together[1:], strict=True):
-        assert torch.equal(one, other)
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_n3_rows_never_see_each_other_in_any_layout(settings: dict[str, Any], write_config: Any, layout: str) -> None:
+    examples = list(_examples(settings, write_config)[:8])
+    together = _losses(examples, settings, layout)
+    for row in examples:
+        alone = _losses([row], settings, "padded eager")[row.source.row]
+        torch.testing.assert_close(together[row.source.row], alone, rtol=1e-5, atol=1e-5)
+    first = examples[0]
+    changed = Example(first.input_ids[::-1].copy(), first.labels, first.source)
+    after = _losses([changed, *examples[1:]], settings, layout)
+    assert (after[first.source.row] - together[first.source.row]).abs().max() > 1e-2
+    for row in examples[1:]:
+        torch.testing.assert_close(after[row.source.row], together[row.source.row], rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")

@@ -19,8 +19,8 @@ from tunesmith.data.report import DataReport
 from tunesmith.data.selection import Examples
 from tunesmith.data.sniff import Target
 from tunesmith.data.template import Certificate
-from tunesmith.errors import ConfigError
 from tunesmith.data.thinking import no_effect
+from tunesmith.errors import ConfigError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.tokenizer import load_tokenizer
 
