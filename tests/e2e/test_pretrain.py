@@ -57,7 +57,7 @@ def test_real_text_lowers_held_out_perplexity(
     settings.update(changes, stage="pt", dataset=name, dataset_dir=str(shared / "data/demo"), lr_scheduler_type="constant")
     settings.update(model_name_or_path=model.format(shared=shared), eval_steps=12, eval_on_start=True)
     if name == "c4_demo":
-        settings["max_samples"] = 3 * settings["max_samples"]  # shorter documents
+        settings.update(max_samples=3 * settings["max_samples"], val_size=3 * settings["val_size"])  # shorter documents
     tunesmith("train", write_config(settings))
     before, after = (e["eval_perplexity"] for e in read_log(Path(settings["output_dir"])) if "eval_loss" in e)
     assert after < below * before
