@@ -56,7 +56,7 @@ def test_ids_are_those_of_apply_chat_template(shared: Path, tmp_path: Path, name
     settings = [f"dataset={name}", f"dataset_dir={folder}", f"tokenized_path={tmp_path}", "cutoff_len=32768"]
     config, _ = load_config(None, [*settings, "model_name_or_path=any", "output_dir=any"])
     report = DataReport()
-    rows = load_set(config, name, 0, tokenizer, report)
+    rows = load_set(config, name, 0, tokenizer, report, "conversation")
     raw = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     assert report.read == len(raw) == report.kept + report.left_out()
     assert report.kept > 0.99 * len(raw)

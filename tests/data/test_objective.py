@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -275,6 +276,9 @@ def test_preview_shows_each_key_and_resuming_with_another_is_refused(switched: d
     assert shown(config, "mask_history=true") == ["B.<|im_end|>"]
     (everything,) = shown(config, "train_on_prompt=true")
     assert everything.startswith("system\nbe")
+    certified = tunesmith("preview", config, "--row", 1, "train_on_prompt=true").stdout
+    assert re.search(r"learned: message 3 at .*; message 5 at .*; all text outside the assistant's turns", certified)
+    assert "nothing else" in tunesmith("preview", config, "--row", 1).stdout
     tunesmith("train", config)
     for key in ("mask_history=true", "train_on_prompt=true"):
         done = tunesmith("train", config, "max_steps=3", "resume_from_checkpoint=auto", key, check=False)

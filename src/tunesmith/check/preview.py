@@ -123,14 +123,15 @@ def _certificate(certificate: Certificate) -> str:
         for turn in certificate.turns
     ]
     marks = " (marked by the template)" if certificate.marked else ""
-    what = f"learned{marks}: {'; '.join(turns)}; nothing else" if turns else "nothing is learned"
+    rest = "all text outside the assistant's turns but the first token" if certificate.everything else "nothing else"
+    what = f"learned{marks}: {'; '.join([*turns, rest])}" if turns or certificate.everything else "nothing is learned"
     return f"the text is what apply_chat_template renders; {what}"
 
 
 def _described(row: Inspected, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     certificates = [
         {"turns": [{"message": t.index + 1, "start": t.start, "end": t.end, "ended": t.ended, "served": t.served}
-                   for t in c.turns], "marked": c.marked, "notes": list(c.notes)}
+                   for t in c.turns], "marked": c.marked, "everything": c.everything, "notes": list(c.notes)}
         for c in row.certificates
     ]  # fmt: skip
     findings = [{"kind": f.kind, "code": f.code, "message": f.message, "fix": f.fix} for f in row.findings]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.data.learned import Learned
+from tunesmith.data.maker import DialogueMaker, Maker
 from tunesmith.data.pipeline import ChunkMaker
 from tunesmith.data.prepare import find_set, make_recipe
 from tunesmith.data.report import Finding
@@ -61,11 +63,17 @@ def inspect_row(config: RunConfig, name: str, number: int, tokenizer: PreTrained
         raise DataError(f"data set {name!r} has no row {number}; it ends before")
     chunks = ChunkMaker(attr, make_recipe(data, target), tokenizer)
     step = chunks.begin([raw])
-    views = step.rendered[0][1] if step.rendered and target != "document" else []
+    certificates = _certificates(chunks.maker, *step.rendered[0]) if step.rendered and target != "document" else []
     result = chunks.finish(chunks.tokenise(step))
     findings = tuple(result.report.findings.values())
-    return Inspected(raw.source, target, tuple(result.learned), tuple(_certificate(view) for view in views), findings)
+    return Inspected(raw.source, target, tuple(result.learned), tuple(certificates), findings)
 
 
-def _certificate(view: Rendered) -> Certificate:
-    return Certificate(view.turns, bool(view.marked), view.notes)
+def _certificates(maker: Maker[Any, Any], row: Any, views: Sequence[Rendered]) -> list[Certificate]:
+    """One of each rendering; where all of the last one is learned, not of its turns without weight or learned before."""
+    made = [Certificate(view.turns, bool(view.marked), view.notes) for view in views]
+    if isinstance(maker, DialogueMaker) and maker.learns_prompt:
+        before = {turn.index for view in views[:-1] for turn in view.turns}
+        turns = tuple(t for t in views[-1].turns if t.index not in before and row.messages[t.index].weight > 0)
+        made[-1] = replace(made[-1], turns=turns, everything=True)
+    return made

@@ -41,15 +41,17 @@ class Certificate:
     """What was proven of a mask.
 
     Attributes:
-        turns: what is learned; everything else is not.
+        turns: what is learned of the assistant's turns; everything else is not.
         marked: whether ``{% generation %}`` marks of the template were followed.
         notes: what a person should know: content that the template rewrites, drops or trims, turns opened otherwise
             than in chat or without an end, tokens that reach across the beginning of a turn.
+        everything: whether what is outside the assistant's turns is learned, too (``train_on_prompt``).
     """
 
     turns: tuple[Turn, ...]
     marked: bool
     notes: tuple[str, ...]
+    everything: bool = False
 
 
 @dataclass(frozen=True, slots=True)
