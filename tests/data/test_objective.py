@@ -253,11 +253,23 @@ def shown(config: Path, *overrides: str) -> list[str]:
     return pieces
 
 
-def test_a_run_keeps_the_switch_for_chat_and_chat_can_turn_it(switched: dict[str, Any], write_config: Any) -> None:
+def test_a_run_keeps_the_switch_for_chat_and_chat_can_turn_it(
+    switched: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tunesmith.serve.chat import load_chat
+    from tunesmith.stages import samples
 
+    sampled: list[dict[str, Any]] = []
+
+    class Watched(samples.ChatEngine):
+        def answer(self, *args: Any) -> str:
+            sampled.append(self.template.options)
+            return super().answer(*args)
+
+    monkeypatch.setattr(samples, "ChatEngine", Watched)
     run = switched["output_dir"]
     tunesmith("train", write_config({**switched, "enable_thinking": True, "sample_prompts": ["a?"]}))
+    assert sampled == [{"enable_thinking": True}] * 2
     asked = [Message("user", "a?")]
     for target, arguments, ending in (
         (run, (), "assistant\n"),
