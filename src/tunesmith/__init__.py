@@ -27,7 +27,7 @@ _PUBLIC = {
     "Seq2SeqPeftTrainer": "tunesmith.stages.sft",
     "TrainingArguments": "tunesmith.config.arguments",
     "TunesmithError": "tunesmith.errors",
-    "init_adapter": "tunesmith.model.adapter",
+    "init_adapter": "tunesmith.model.tuning",
     "load_examples": "tunesmith.data.prepare",
     "load_config": "tunesmith.config.load",
     "plot_loss": "tunesmith.report.plot",

@@ -19,10 +19,11 @@ from tunesmith.data.loader import DataLoader
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
 from tunesmith.losses.cross_entropy import token_nll
-from tunesmith.model.adapter import init_adapter, trainable_parameters
+from tunesmith.model.adapter import trainable_parameters
 from tunesmith.model.attention import SEGMENTS
 from tunesmith.model.forward import FlatForward, segments_work
 from tunesmith.model.load import load_base_model
+from tunesmith.model.tuning import init_adapter
 from tunesmith.stages.run import run as run_stage
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.runlog import read_log

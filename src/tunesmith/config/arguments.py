@@ -189,11 +189,35 @@ class FinetuningArguments(Arguments):
     stage: Literal["pt", "sft"] = Field(
         "sft", description="Training stage. pt: pretraining on plain text. sft: supervised fine-tuning on dialogues."
     )
-    finetuning_type: Literal["lora", "full"] = Field("lora", description="lora: low-rank adapters. full: all weights.")
+    finetuning_type: Literal["lora", "freeze", "full", "peft", "none"] = Field(
+        "lora",
+        description="lora: low-rank adapters. freeze: some layers (num_layer_trainable). full: all weights. peft: what "
+        "peft_method names. none: nothing, for use without training.",
+    )
+    num_layer_trainable: int = Field(2, description="freeze: train the last n layers, or with a negative number the first n.")
+    name_module_trainable: NameList = Field(
+        ("all",), description="freeze: which modules of those layers, e.g. mlp or self_attn; all: whole layers."
+    )
+    freeze_extra_modules: NameList = Field(
+        (), description="freeze: further modules outside the layers, e.g. embed_tokens, norm, lm_head."
+    )
+    peft_method: str | None = Field(None, description="peft: a method of the PEFT library by name, e.g. oft, ia3, vera, loha.")
+    peft_args: dict[str, Any] = Field(default_factory=dict, description="peft: its options, e.g. {r: 8}.")
     lora_rank: int = Field(8, gt=0, description="Rank of the adapters.")
     lora_alpha: float | None = Field(None, gt=0, description="Scale of the adapters; twice the rank if unset.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
-    lora_target: NameList = Field(("all",), description="Linear layers to adapt, by name; all: every one but the output head.")
+    lora_target: NameList = Field(
+        ("all",),
+        description="Layers to adapt, by name (q_proj), or one regular expression for full names; all: every linear layer of "
+        "the text model but the output head.",
+    )
+    additional_target: NameList = Field(
+        (), description="Modules trained whole beside the adapters and saved with them, e.g. embed_tokens, lm_head."
+    )
+    pissa_init: bool = Field(
+        False, description="Start the adapters from the principal singular vectors (arXiv 2404.02948); saved as plain LoRA."
+    )
+    pissa_iter: int = Field(16, ge=-1, description="Iterations of the fast decomposition of pissa_init; -1: the exact one.")
     use_rslora: bool = Field(False, description="Rank-stabilised scale, alpha / sqrt(rank) (arXiv 2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353).")
 

@@ -23,19 +23,16 @@ NO_EFFECT = {
 
 UNSUPPORTED = {
     "adapter_name_or_path": "continuing from an adapter is not supported in this version",
-    "additional_target": "training further modules beside the adapters is not supported in this version",
     "checkpoint_dir": "continuing from an adapter is not supported in this version",
     "create_new_adapter": "continuing from an adapter is not supported in this version",
     "deepspeed": "runs use one process in this version",
     "do_eval": "to evaluate while training, set eval_strategy or eval_steps",
     "do_predict": "prediction over a data set is not supported in this version",
+    "freeze_trainable_layers": "is called num_layer_trainable here",
+    "freeze_trainable_modules": "is called name_module_trainable here",
     "finetuning_args": "the keys stand on their own, without nesting",
     "flash_attn": "use attn_implementation: auto, sdpa or eager",
-    "freeze_trainable_layers": "finetuning_type: freeze is not supported in this version",
-    "freeze_trainable_modules": "finetuning_type: freeze is not supported in this version",
     "fsdp": "runs use one process in this version",
-    "name_module_trainable": "finetuning_type: freeze is not supported in this version",
-    "num_layer_trainable": "finetuning_type: freeze is not supported in this version",
     "padding_side": "training batches have no padding; remove the key",
     "predict_with_generate": "generation during evaluation is not supported in this version",
     "quantization_bit": "quantised bases are not supported in this version",
@@ -94,6 +91,8 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
         yield from _data_rules(data)
         if isinstance(finetuning := sections.get("finetuning"), FinetuningArguments):
             yield from _learning_rules(data, finetuning)
+    if isinstance(tuning := sections.get("finetuning"), FinetuningArguments):
+        yield from _tuning_rules(tuning)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         if isinstance(data, DataArguments):
@@ -132,6 +131,33 @@ def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:
         yield "source_prefix", "one prefix per set does not say which one eval_dataset takes; give one prefix for all"
     if len(prefixes) not in (1, len(data.dataset)):
         yield "source_prefix", f"{len(prefixes)} prefixes for {len(data.dataset)} data sets; give one, or one per set"
+
+
+_OF_TYPE = {
+    "freeze": ("num_layer_trainable", "name_module_trainable", "freeze_extra_modules"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "pissa_init", "pissa_iter"),
+    "peft": ("peft_method", "peft_args"),
+}
+_OF_ADAPTERS = ("lora_target", "additional_target")
+
+
+def _tuning_rules(finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    kind, given = finetuning.finetuning_type, finetuning.model_fields_set
+    for other, keys in _OF_TYPE.items():
+        for key in keys if other != kind else ():
+            if key in given and getattr(finetuning, key) != _default(finetuning, key):
+                yield key, f"has no meaning with finetuning_type: {kind}; it belongs to finetuning_type: {other}"
+    for key in _OF_ADAPTERS if kind not in ("lora", "peft") else ():
+        if key in given and getattr(finetuning, key) != _default(finetuning, key):
+            yield key, f"has no meaning with finetuning_type: {kind}; it belongs to adapters"
+    if kind == "peft" and finetuning.peft_method is None:
+        yield "peft_method", "is needed with finetuning_type: peft; name a method of the PEFT library, e.g. oft"
+    if finetuning.pissa_init and finetuning.use_dora:
+        yield "pissa_init", "cannot start adapters of use_dora; keep one of the two"
+
+
+def _default(section: Arguments, key: str) -> object:
+    return type(section).model_fields[key].get_default(call_default_factory=True)
 
 
 def _learning_rules(data: DataArguments, finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:

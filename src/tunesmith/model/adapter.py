@@ -1,51 +1,22 @@
-"""What is trained: LoRA adapters in PEFT's format, or all weights. Saving and loading of just that."""
+"""What is trained: adapters in PEFT's format, or weights of the model. Saving and loading of just that."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from tunesmith.config.arguments import FinetuningArguments
-from tunesmith.errors import ConfigError, ModelError
+from tunesmith.errors import ModelError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
-
-
-def init_adapter(model: PreTrainedModel, args: FinetuningArguments, base_name: str) -> torch.nn.Module:
-    """Make the model trainable as ``finetuning_type`` says.
-
-    Trainable weights are float32, whatever the base computes in. ``base_name`` is noted in the adapter's
-    configuration as the model it belongs to.
-
-    Raises:
-        ConfigError: ``lora_target`` names no linear layer of this model.
-    """
-    if args.finetuning_type == "full":
-        model.float().requires_grad_(True)
-        return model
-    model.requires_grad_(False)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,
-        lora_dropout=args.lora_dropout,
-        target_modules=_targets(model, args.lora_target),
-        use_rslora=args.use_rslora,
-        use_dora=args.use_dora,
-    )
-    tuned = get_peft_model(model, config, autocast_adapter_dtype=True)
-    tuned.active_peft_config.base_model_name_or_path = base_name
-    return tuned
 
 
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:
@@ -53,26 +24,6 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
-
-
-def _targets(model: PreTrainedModel, asked: tuple[str, ...]) -> list[str]:
-    linear = {name.rpartition(".")[2] for name, _ in linear_layers(model)}
-    if asked == ("all",):
-        return sorted(linear)
-    unknown = [name for name in asked if name not in linear]
-    if unknown:
-        raise ConfigError(
-            f"lora_target: {', '.join(unknown)}: no such linear layer; this model has {', '.join(sorted(linear))}"
-        )
-    return list(asked)
-
-
-def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """Every linear layer but the output head, with its full name."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            yield name, module
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

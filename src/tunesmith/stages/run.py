@@ -14,12 +14,13 @@ from tunesmith.config.load import dump_yaml, load_config
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
 from tunesmith.data.thinking import no_effect
-from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
+from tunesmith.model.adapter import count_parameters, save_finished
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import check_vocabulary, load_base_model, prepare_flat
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.tokenizer import load_tokenizer, model_path
+from tunesmith.model.tuning import init_adapter
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer

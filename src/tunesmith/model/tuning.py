@@ -1,0 +1,118 @@
+"""Makes a model trainable in the way that is asked for: all weights, some layers, LoRA, or any other method of PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import PreTrainedModel
+
+from tunesmith.config.arguments import FinetuningArguments
+from tunesmith.errors import ConfigError
+from tunesmith.model.targets import check_modules, resolve_targets, trainable_in_layers
+
+
+def init_adapter(model: PreTrainedModel, args: FinetuningArguments, base_name: str) -> torch.nn.Module:
+    """Make the model trainable as ``finetuning_type`` says.
+
+    Trainable weights are float32, whatever the base computes in.
+
+    Args:
+        model: the base.
+        args: what is trained.
+        base_name: noted in the adapter's configuration as the model it belongs to.
+
+    Raises:
+        ConfigError: a layer, module or option that does not exist; or nothing is to be trained.
+    """
+    match args.finetuning_type:
+        case "none":
+            raise ConfigError("finetuning_type: none trains nothing; choose lora, freeze, full or peft to train")
+        case "full":
+            model.float().requires_grad_(True)
+            return model
+        case "freeze":
+            return _thaw(model, args)
+    model.requires_grad_(False)
+    config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
+    config.base_model_name_or_path = base_name
+    return adapted(model, config)
+
+
+def adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The model with a new trainable adapter. Raises ConfigError when PEFT refuses."""
+    base_name = config.base_model_name_or_path
+    try:
+        tuned = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(f"the adapter cannot be made: {str(error).splitlines()[0]}") from error
+    tuned.active_peft_config.base_model_name_or_path = base_name
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return tuned
+
+
+def _thaw(model: PreTrainedModel, args: FinetuningArguments) -> PreTrainedModel:
+    names = trainable_in_layers(model, args.num_layer_trainable, args.name_module_trainable, args.freeze_extra_modules)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+        if name in names:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def lora_config(model: PreTrainedModel, args: FinetuningArguments) -> LoraConfig:
+    """PEFT's configuration of the LoRA adapter that is asked for. Raises ConfigError for layers that do not exist."""
+    initial: Any = True
+    if args.pissa_init:
+        initial = "pissa" if args.pissa_iter < 0 else f"pissa_niter_{args.pissa_iter}"
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,
+        lora_dropout=args.lora_dropout,
+        target_modules=resolve_targets(model, args.lora_target),
+        modules_to_save=check_modules(model, args.additional_target, "additional_target") or None,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        init_lora_weights=initial,
+    )
+
+
+def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConfig:
+    """Configuration of the method that ``peft_method`` names, with ``peft_args`` as its options."""
+    methods = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    assert args.peft_method is not None
+    cls = methods.get(args.peft_method.lower())
+    usable = sorted(name for name, c in methods.items() if not c(**_only(c, task_type="CAUSAL_LM")).is_prompt_learning)
+    if cls is None:
+        close = difflib.get_close_matches(args.peft_method.lower(), usable, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"PEFT has {', '.join(usable)}"
+        raise ConfigError(f"peft_method: no method {args.peft_method!r}; {hint}")
+    if args.peft_method.lower() not in usable:
+        raise ConfigError(
+            f"peft_method: {args.peft_method} puts virtual tokens before every row, which rows laid end to end have no room "
+            f"for; choose one of {', '.join(usable)}"
+        )
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for name in args.peft_args:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"peft_args: {args.peft_method} has no option {name!r}{hint}")
+    values = {"target_modules": resolve_targets(model, args.lora_target), **args.peft_args}
+    modules = check_modules(model, args.additional_target, "additional_target")
+    try:
+        return cls(**_only(cls, task_type="CAUSAL_LM", **({"modules_to_save": modules} if modules else {}), **values))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"peft_args: {args.peft_method}: {str(error).splitlines()[0]}") from error
+
+
+def _only(cls: type[PeftConfig], **values: Any) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in fields}
