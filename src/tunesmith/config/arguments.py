@@ -72,6 +72,21 @@ class ModelArguments(Arguments):
         description="auto: rows are computed end to end without padding where the model allows it. "
         "sdpa, eager: the library's attention on padded rows.",
     )
+    quantization_bit: Literal[4, 8] | None = Field(
+        None, description="Hold the base's linear layers in 8 or 4 bits (bitsandbytes); adapters are trained on top."
+    )
+    quantization_type: Literal["nf4", "fp4"] = Field("nf4", description="Numbers of the 4-bit format (arXiv 2305.14314).")
+    double_quantization: bool = Field(True, description="Quantise the scales of the 4-bit format too.")
+    checkpoint_dir: NameList = Field(
+        (),
+        description="Folders to go on from, in order: finished runs or their checkpoints (adapters, trained weights), or first "
+        "a whole model.",
+    )
+    resume_lora_training: bool = Field(
+        True,
+        description="Train the last adapter of checkpoint_dir on. false: a new adapter on top of it. Earlier ones are merged "
+        "into the base, or kept beside if it is quantised.",
+    )
     plot_loss: bool = Field(True, description="Draw training_loss.png from the log at the end of the run.")
 
 

@@ -22,9 +22,8 @@ NO_EFFECT = {
 """Keys of other toolkits that cannot change a result here: accepted with a notice that says why."""
 
 UNSUPPORTED = {
-    "adapter_name_or_path": "continuing from an adapter is not supported in this version",
-    "checkpoint_dir": "continuing from an adapter is not supported in this version",
-    "create_new_adapter": "continuing from an adapter is not supported in this version",
+    "adapter_name_or_path": "is called checkpoint_dir here",
+    "create_new_adapter": "create_new_adapter: true is resume_lora_training: false here",
     "deepspeed": "runs use one process in this version",
     "do_eval": "to evaluate while training, set eval_strategy or eval_steps",
     "do_predict": "prediction over a data set is not supported in this version",
@@ -35,10 +34,6 @@ UNSUPPORTED = {
     "fsdp": "runs use one process in this version",
     "padding_side": "training batches have no padding; remove the key",
     "predict_with_generate": "generation during evaluation is not supported in this version",
-    "quantization_bit": "quantised bases are not supported in this version",
-    "quantization_type": "quantised bases are not supported in this version",
-    "double_quantization": "quantised bases are not supported in this version",
-    "resume_lora_training": "continuing from an adapter is not supported in this version",
     "reward_model": "stage ppo is not supported in this version",
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
@@ -93,6 +88,8 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
             yield from _learning_rules(data, finetuning)
     if isinstance(tuning := sections.get("finetuning"), FinetuningArguments):
         yield from _tuning_rules(tuning)
+        if isinstance(model, ModelArguments):
+            yield from _quantisation_rules(model, tuning)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         if isinstance(data, DataArguments):
@@ -109,6 +106,21 @@ def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> I
     for name, asked in (("bf16", training.bf16), ("fp16", training.fp16)):
         if asked and model.compute_dtype not in ("auto", name):
             yield name, f"{name}: true contradicts compute_dtype: {model.compute_dtype}; keep one"
+
+
+def _quantisation_rules(model: ModelArguments, finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    if model.quantization_bit is None:
+        for key in ("quantization_type", "double_quantization"):
+            if key in model.model_fields_set and getattr(model, key) != _default(model, key):
+                yield key, "has no meaning without quantization_bit: 4"
+    else:
+        if finetuning.finetuning_type in ("full", "freeze"):
+            kind = finetuning.finetuning_type
+            yield "quantization_bit", f"weights in few bits cannot be trained by finetuning_type: {kind}; use lora"
+        if finetuning.pissa_init:
+            yield "pissa_init", "changes the base's weights, which quantization_bit rounds; use one of the two"
+    if not model.resume_lora_training and not model.checkpoint_dir:
+        yield "resume_lora_training", "false has no meaning without checkpoint_dir"
 
 
 def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -17,6 +19,10 @@ from tunesmith.errors import ModelError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
+
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Layer -> (down ``[r, in]``, up ``[out, r]``): the layer's weight is changed by ``up @ down``."""
 
 
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:
@@ -63,20 +69,47 @@ def _save_adapter_config(config: PeftConfig, folder: Path) -> None:
 
 def load_trainable(model: torch.nn.Module, folder: Path) -> None:
     """Load what ``save_trainable`` wrote. Raises ModelError on missing, extra, misshapen or damaged tensors."""
-    is_adapter = isinstance(model, PeftModel)
-    path = folder / (ADAPTER_WEIGHTS if is_adapter else TRAINABLE_WEIGHTS)
+    if isinstance(model, PeftModel):
+        load_adapter_weights(model, folder)
+    else:
+        _fill(trainable_parameters(model), _read(folder / TRAINABLE_WEIGHTS), folder / TRAINABLE_WEIGHTS)
+
+
+def load_adapter_weights(model: PeftModel, folder: Path, adapter: str = "default") -> None:
+    """Load the weights of an adapter. Raises ModelError on missing, extra, misshapen or damaged tensors."""
+    path = folder / ADAPTER_WEIGHTS
+    state = _read(path)
+    _compare(state, get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False), path)
+    set_peft_model_state_dict(model, state, adapter_name=adapter)
+
+
+def load_trainable_params(model: torch.nn.Module, folder: Path) -> None:
+    """Load a checkpoint that holds only some of a model's parameters, whether or not they are to be trained now.
+
+    Raises:
+        ModelError: no such file, a name or shape that the model does not have, a damaged tensor.
+    """
+    path = folder / TRAINABLE_WEIGHTS
+    state = _read(path)
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(state.keys() - parameters.keys()):
+        raise ModelError(f"{path}: does not fit the model, which has no {', '.join(unknown[:3])}")
+    _fill({name: parameters[name] for name in state}, state, path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = load_file(path)
+        state: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False) if is_adapter else trainable_parameters(model)
-    _compare(state, expected, path)
-    if is_adapter:
-        set_peft_model_state_dict(model, state)
-    else:
-        with torch.no_grad():
-            for name, parameter in trainable_parameters(model).items():
-                parameter.copy_(state[name])
+    return state
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, torch.nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
+    _compare(state, parameters, path)
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
 
 
 def _compare(state: dict[str, torch.Tensor], expected: dict[str, Any], path: Path) -> None:
@@ -92,12 +125,59 @@ def _compare(state: dict[str, torch.Tensor], expected: dict[str, Any], path: Pat
 
 
 def save_finished(model: torch.nn.Module, folder: Path) -> None:
-    """Write the result for use elsewhere: an adapter, or a whole model in Transformers' layout."""
-    if isinstance(model, PeftModel):
+    """Write the result for use elsewhere: an adapter for the base, or a whole model in Transformers' layout.
+
+    What lies between the base and the adapter (``beneath``) is joined with it, so that it fits the base as it is.
+    """
+    beneath = beneath_of(model)
+    if isinstance(model, PeftModel) and beneath:
+        _save_joined(model, beneath, folder)
+    elif isinstance(model, PeftModel):
         save_trainable(model, folder)
     else:
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(folder)
+
+
+def set_beneath(model: torch.nn.Module, beneath: list[Factors]) -> None:
+    """Remember what lies between the original base and the adapter: adapters merged before, what PiSSA took out."""
+    model.__dict__["_tunesmith_beneath"] = beneath
+
+
+def beneath_of(model: torch.nn.Module) -> list[Factors]:
+    """What ``set_beneath`` was given."""
+    found: list[Factors] = model.__dict__.get("_tunesmith_beneath", [])
+    return found
+
+
+def _save_joined(model: PeftModel, beneath: list[Factors], folder: Path) -> None:
+    """One LoRA adapter whose product is the sum of all: factors side by side, ranks added."""
+    line = [own_factors(model), *beneath]
+    state: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in sorted({name for factors in line for name in factors}):
+        pairs = [factors[name] for factors in line if name in factors]
+        state[f"base_model.model.{name}.lora_A.weight"] = torch.cat([down for down, _ in pairs], dim=0)
+        state[f"base_model.model.{name}.lora_B.weight"] = torch.cat([up for _, up in pairs], dim=1)
+        ranks[name] = sum(len(down) for down, _ in pairs)
+    save_file(_plain(state), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    rank = max(ranks.values())
+    own = {name: number for name, number in ranks.items() if number != rank}
+    config = replace(
+        model.peft_config["default"], r=rank, lora_alpha=rank, rank_pattern=own, alpha_pattern=dict(own),
+        use_rslora=False, init_lora_weights=True, target_modules=sorted(ranks),
+    )  # fmt: skip
+    _save_adapter_config(config, folder)
+
+
+def own_factors(model: PeftModel, adapter: str = "default") -> Factors:
+    """The low-rank factors of an adapter, scaled, by layer; only of linear layers."""
+    return {
+        name: (module.lora_A[adapter].weight.detach().float().clone(),
+               module.lora_B[adapter].weight.detach().float() * module.scaling[adapter])
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }  # fmt: skip
 
 
 def load_finished(base: PreTrainedModel, folder: Path) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.forward import segments_work
+from tunesmith.model.quantize import is_quantised, quantisation
 from tunesmith.model.tokenizer import hub_options, library_error, model_path
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def load_base_model(args: ModelArguments, dtype: torch.dtype, device: torch.devi
             use_safetensors=True,
             attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
             output_loading_info=True,
+            **quantisation(args, dtype, device),
             **options,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -45,7 +47,7 @@ def load_base_model(args: ModelArguments, dtype: torch.dtype, device: torch.devi
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{path}: the weights lack {len(info['missing_keys'])} tensors of the architecture: {names}")
-    return model.to(device).eval()
+    return (model if is_quantised(model) else model.to(device)).eval()
 
 
 def prepare_flat(model: PreTrainedModel, args: ModelArguments, longest: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,20 @@ from transformers import PreTrainedModel
 
 from tunesmith.config.arguments import FinetuningArguments
 from tunesmith.errors import ConfigError
+from tunesmith.model.adapter import Factors, load_adapter_weights, own_factors, set_beneath
+from tunesmith.model.lineage import Ancestor, continued_config, joins, merge, put_weights, stay
+from tunesmith.model.quantize import is_quantised
 from tunesmith.model.targets import check_modules, resolve_targets, trainable_in_layers
 
 
-def init_adapter(model: PreTrainedModel, args: FinetuningArguments, base_name: str) -> torch.nn.Module:
-    """Make the model trainable as ``finetuning_type`` says.
+def init_adapter(
+    model: PreTrainedModel,
+    args: FinetuningArguments,
+    base_name: str,
+    line: Sequence[Ancestor] = (),
+    resume: bool = True,
+) -> torch.nn.Module:
+    """Make the model trainable as ``finetuning_type`` says, going on from what was trained before.
 
     Trainable weights are float32, whatever the base computes in.
 
@@ -25,22 +36,58 @@ def init_adapter(model: PreTrainedModel, args: FinetuningArguments, base_name: s
         model: the base.
         args: what is trained.
         base_name: noted in the adapter's configuration as the model it belongs to.
+        line: what was trained before, in order; a whole model among it was loaded as the base.
+        resume: whether the last adapter of the line is trained on, or a new one on top of it.
 
     Raises:
         ConfigError: a layer, module or option that does not exist; or nothing is to be trained.
+        ModelError: what was trained before does not fit the model.
     """
+    put_weights(model, line)
+    folders = [ancestor.path for ancestor in line if ancestor.kind == "adapter"]
     match args.finetuning_type:
         case "none":
             raise ConfigError("finetuning_type: none trains nothing; choose lora, freeze, full or peft to train")
-        case "full":
-            model.float().requires_grad_(True)
-            return model
-        case "freeze":
-            return _thaw(model, args)
+        case "lora" | "peft":
+            return _with_adapters(model, args, base_name, folders, resume)
+    if folders:
+        raise ConfigError(
+            f"checkpoint_dir: {folders[0]} is an adapter, and finetuning_type: {args.finetuning_type} trains the model's own "
+            "weights; export the adapter, and give the export as model_name_or_path"
+        )
+    if args.finetuning_type == "full":
+        model.float().requires_grad_(True)
+        return model
+    return _thaw(model, args)
+
+
+def _with_adapters(
+    model: PreTrainedModel, args: FinetuningArguments, base_name: str, folders: Sequence[Path], resume: bool
+) -> PeftModel:
+    goes_on = folders[-1] if folders and resume else None
+    earlier = [folder for folder in folders if folder != goes_on]
     model.requires_grad_(False)
-    config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
+    beneath: list[Factors] = []
+    stays = is_quantised(model)
+    for folder in () if stays else earlier:
+        model, factors = merge(model, folder)
+        beneath.append(factors)
+    if goes_on is not None:
+        config = continued_config(goes_on, args)
+    else:
+        config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
     config.base_model_name_or_path = base_name
-    return adapted(model, config)
+    if (beneath or (stays and earlier)) and not (isinstance(config, LoraConfig) and joins(config)):
+        raise ConfigError("checkpoint_dir: on top of an adapter only plain LoRA can be trained; export the adapter first")
+    tuned = adapted(model, config)
+    if stays:
+        beneath += [stay(tuned, f"beneath{number}", folder) for number, folder in enumerate(earlier)]
+    if goes_on is not None:
+        load_adapter_weights(tuned, goes_on)
+    elif args.pissa_init:
+        beneath.append({name: (down, -up) for name, (down, up) in own_factors(tuned).items()})
+    set_beneath(tuned, beneath)
+    return tuned
 
 
 def adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

@@ -17,6 +17,7 @@ from tunesmith.data.thinking import no_effect
 from tunesmith.model.adapter import count_parameters, save_finished
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
+from tunesmith.model.lineage import ancestors
 from tunesmith.model.load import check_vocabulary, load_base_model, prepare_flat
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.tokenizer import load_tokenizer, model_path
@@ -70,11 +71,15 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     device = pick_device()
     dtype = resolve_dtype(config.compute_dtype, device)
     full = config.finetuning.finetuning_type == "full"
-    base = load_base_model(config.model, torch.float32 if full else dtype, device)
+    earlier = ancestors(config.model)
+    source = config.model
+    if earlier and earlier[0].kind == "model":
+        source = source.model_copy(update={"model_name_or_path": str(earlier[0].path)})
+    base = load_base_model(source, torch.float32 if full else dtype, device)
     check_vocabulary(base, tokenizer)
     attention = base.config._attn_implementation
     segments = prepare_flat(base, config.model, max(int(rows.lengths.max()) for rows in (train, held_out) if rows is not None))
-    model = init_adapter(base, config.finetuning, model_path(config.model))
+    model = init_adapter(base, config.finetuning, model_path(source), earlier, config.model.resume_lora_training)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable, total = count_parameters(model)
@@ -93,7 +98,11 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         attention=attention,
         shuffle=not config.data.disable_shuffling,
         capacity=config.data.cutoff_len if config.data.packing else None,
-        inputs={"training data": train.fingerprint()},
+        inputs={
+            "training data": train.fingerprint(),
+            "checkpoint_dir": [ancestor.fingerprint() for ancestor in earlier],
+            "quantisation": [config.model.quantization_bit, config.model.quantization_type, config.model.double_quantization],
+        },
     )
     return TRAINERS[config.finetuning.stage](config.training, given), report
 

@@ -1,0 +1,190 @@
+"""What a run goes on from: earlier adapters, trained weights, whole models; and how the result still fits the first base.
+
+Rules. Entries of ``checkpoint_dir`` are applied in order. A whole model (only the first entry can be one) takes the place
+of ``model_name_or_path``. Weights that a ``freeze`` run trained are put into the base. Of adapters, with
+``resume_lora_training`` the last one is trained on; all others are merged into the base, or, where the base is quantised and
+merging would round, stay in place, frozen, beside the one that is trained. Without it all are merged (or stay), and a new one
+is trained. The finished adapter is that of the whole line: low-rank products are added by putting their factors side by side,
+which is exact, so it fits the first base, in plain PEFT too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from tunesmith.config.arguments import FinetuningArguments, ModelArguments
+from tunesmith.data.source import file_sha
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TRAINABLE_WEIGHTS,
+    Factors,
+    load_adapter_weights,
+    load_trainable_params,
+    own_factors,
+)
+
+_GIVEN = ("lora_rank", "lora_alpha", "lora_target", "use_rslora", "use_dora", "additional_target", "pissa_init")
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """Something that was trained before.
+
+    Attributes:
+        path: its folder.
+        kind: an adapter, weights of some layers, or a whole model.
+    """
+
+    path: Path
+    kind: Literal["adapter", "weights", "model"]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.glob("*.safetensors")):
+            digest.update(f"{file.name} {file_sha(file)}".encode())
+        return digest.hexdigest()
+
+
+def ancestors(args: ModelArguments) -> list[Ancestor]:
+    """What ``checkpoint_dir`` names.
+
+    Raises:
+        ModelError: a folder that is none of the three kinds, or a whole model that is not first.
+    """
+    found = []
+    for number, name in enumerate(args.checkpoint_dir):
+        folder = Path(name)
+        if not folder.is_dir():
+            raise ModelError(f"checkpoint_dir: no such folder: {name}")
+        if (folder / ADAPTER_CONFIG).is_file():
+            found.append(Ancestor(folder, "adapter"))
+        elif (folder / TRAINABLE_WEIGHTS).is_file():
+            found.append(Ancestor(folder, "weights"))
+        elif (folder / "config.json").is_file():
+            if number:
+                raise ModelError(f"checkpoint_dir: {name} is a whole model; it can only be the first entry")
+            found.append(Ancestor(folder, "model"))
+        else:
+            raise ModelError(
+                f"checkpoint_dir: {name} holds neither {ADAPTER_CONFIG}, nor {TRAINABLE_WEIGHTS}, nor a model; name a finished "
+                "run or one of its checkpoints"
+            )
+    return found
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The configuration of an adapter. Raises ModelError when it cannot be read, or its weights are not safetensors."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}; weights in other formats can run code and are not loaded")
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: cannot be read: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def continued_config(folder: Path, args: FinetuningArguments) -> PeftConfig:
+    """The configuration of the adapter that is trained on.
+
+    Raises:
+        ConfigError: the settings ask for another shape than it has.
+    """
+    config = read_adapter_config(folder)
+    config.inference_mode = False
+    given = [key for key in _GIVEN if key in args.model_fields_set]
+    if isinstance(config, LoraConfig):
+        alpha = args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank
+        same = {"lora_rank": config.r == args.lora_rank, "lora_alpha": config.lora_alpha == alpha,
+                "use_rslora": config.use_rslora == args.use_rslora, "use_dora": config.use_dora == args.use_dora}  # fmt: skip
+        config.lora_dropout = args.lora_dropout
+        config.init_lora_weights = True
+        given = [key for key in given if not same.get(key, key == "lora_target")]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: the adapter in {folder} is trained on as it is (resume_lora_training); remove the keys, or "
+            "set resume_lora_training: false to train a new one on top"
+        )
+    return config
+
+
+def put_weights(model: PreTrainedModel, line: Sequence[Ancestor]) -> None:
+    """Put the weights that freeze runs trained into the base. Raises ModelError when they do not fit."""
+    for ancestor in line:
+        if ancestor.kind == "weights":
+            load_trainable_params(model, ancestor.path)
+
+
+def merge(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Factors]:
+    """The base with an adapter merged into it, and the adapter's factors. Raises ModelError when it does not fit."""
+    tuned = _with_adapter(model, folder)
+    factors = factors_of(tuned, "default", folder)
+    merged = tuned.merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged, factors
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    config = read_adapter_config(folder)
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True
+    config.inference_mode = True
+    try:
+        tuned = PeftModel(model, config)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder}: the adapter does not fit the model: {str(error).splitlines()[0]}") from error
+    load_adapter_weights(tuned, folder)
+    return tuned
+
+
+def stay(tuned: PeftModel, name: str, folder: Path) -> Factors:
+    """Put an earlier adapter beside the trained one, active and frozen; returns its factors.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    config = read_adapter_config(folder)
+    config.inference_mode = True
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True
+    tuned.add_adapter(name, config)
+    load_adapter_weights(tuned, folder, name)
+    tuned.base_model.set_adapter([*(key for key in tuned.peft_config if key != "default"), "default"])
+    for key, parameter in tuned.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+    return factors_of(tuned, name, folder)
+
+
+def joins(config: LoraConfig) -> bool:
+    """Whether an adapter is nothing but low-rank products, so that it can be joined with others."""
+    return not config.use_dora and not config.modules_to_save
+
+
+def factors_of(tuned: PeftModel, adapter: str, folder: Path) -> Factors:
+    """The low-rank factors of an adapter, scaled, by layer.
+
+    Raises:
+        ModelError: the adapter is more than low-rank products, so that it cannot be joined with others.
+    """
+    config = tuned.peft_config[adapter]
+    plain = isinstance(config, LoraConfig) and joins(config)
+    embeddings = any(isinstance(m, LoraLayer) and adapter in m.lora_embedding_A for m in tuned.modules())
+    factors = own_factors(tuned, adapter)
+    if not plain or embeddings or not factors:
+        raise ModelError(
+            f"{folder}: an adapter of this kind (not plain LoRA on linear layers) cannot be joined with another; export it, "
+            "and give the export as model_name_or_path"
+        )
+    return factors
