@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
@@ -136,7 +137,7 @@ def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConf
     methods = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     assert args.peft_method is not None
     cls = methods.get(args.peft_method.lower())
-    usable = sorted(name for name, c in methods.items() if not c(**_only(c, task_type="CAUSAL_LM")).is_prompt_learning)
+    usable = sorted(name for name, c in methods.items() if not issubclass(c, PromptLearningConfig))
     if cls is None:
         close = difflib.get_close_matches(args.peft_method.lower(), usable, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"PEFT has {', '.join(usable)}"
