@@ -16,7 +16,7 @@ from tunesmith.config.arguments import ModelArguments
 from tunesmith.data.named import fitted, templates
 from tunesmith.errors import TemplateError
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import load_tokenizer, read_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.verify.conversations import Talker, markup
 from tunesmith.verify.examiner import Examiner
 from tunesmith.verify.outcome import Judged, TemplateResult
