@@ -21,12 +21,14 @@ _PUBLIC = {
     "LossOutput": "tunesmith.types",
     "Message": "tunesmith.types",
     "ModelArguments": "tunesmith.config.arguments",
+    "NamedTemplate": "tunesmith.data.named",
     "PairwiseDataCollatorWithPadding": "tunesmith.data.padding",
     "PeftTrainer": "tunesmith.train.trainer",
     "PretrainPeftTrainer": "tunesmith.stages.pretrain",
     "Seq2SeqPeftTrainer": "tunesmith.stages.sft",
     "TrainingArguments": "tunesmith.config.arguments",
     "TunesmithError": "tunesmith.errors",
+    "get_template": "tunesmith.data.named",
     "init_adapter": "tunesmith.model.tuning",
     "load_examples": "tunesmith.data.prepare",
     "load_config": "tunesmith.config.load",
@@ -36,6 +38,7 @@ _PUBLIC = {
     "print_dataset_example": "tunesmith.check.example",
     "run": "tunesmith.stages.run",
     "smooth": "tunesmith.report.plot",
+    "template_names": "tunesmith.data.named",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -22,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+verify = typer.Typer(help="Prove what the package promises.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(verify, name="verify")
+
 Config = Annotated[Path, typer.Argument(help="YAML or JSON file.", show_default=False)]
 ReadAs = Literal["conversation", "document", "pair", "feedback", "prompt"]
 ReadAsOption = Annotated[
@@ -154,12 +157,53 @@ def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
     print(fetch_model(name))
 
 
+@app.command("templates")
+def show_templates(name: Annotated[str | None, typer.Argument(help="One of them.", show_default=False)] = None) -> None:
+    """List the chat templates that `template` takes by name; with a name, print that one."""
+    from tunesmith.data.named import get_template, templates
+
+    if name is not None:
+        print(get_template(name).source, end="")
+        return
+    known = templates()
+    width = max(len(template.name) for template in known)
+    for template in known:
+        print(f"{template.name:{width}}  {template.description}")
+
+
 @app.command()
 def plot(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw a run's curves anew; the last line printed is the picture's path."""
     from tunesmith.report.plot import plot_loss
 
     print(plot_loss(run))
+
+
+@verify.command()
+def masks(
+    model: Annotated[str, typer.Option(help="Whose tokenizer: folder, hub id or builtin:smollm2-135m.")],
+    templates: Annotated[Path | None, typer.Option(help="Folder of *.jinja files; else the model's own and all named.")] = None,
+    conversations: Annotated[int, typer.Option(min=1, help="How many for each template.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the conversations.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """Check what is learned of random conversations against transformers alone; exit status 1 if anything is wrong."""
+    from tunesmith.verify.masks import verify_masks
+    from tunesmith.verify.outcome import HEADING, TemplateResult, lines, summary, totals
+
+    def show(result: TemplateResult) -> None:
+        if not as_json:
+            print("\n".join(lines(result)), flush=True)
+
+    if not as_json:
+        print(HEADING)
+    results = verify_masks(model, templates, conversations, seed, show)
+    total = totals(results)
+    if as_json:
+        print(json.dumps({"templates": [result.to_dict() for result in results], "totals": total}, ensure_ascii=False))
+    else:
+        print("\n".join(summary(results)))
+    raise typer.Exit(1 if total["wrong"] else 0)
 
 
 def main() -> None:

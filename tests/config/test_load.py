@@ -88,7 +88,7 @@ def test_every_key_survives_a_dropped_letter(tmp_path: Path, key: str) -> None:
         ("lora_rank: 1.5", "integer"),
         ("bf16: maybe", "boolean"),
         ("stage: ppo", "'sft'"),
-        ("template: qwen", "'auto'"),
+        ("template: ''", "at least 1 character"),
         ("max_steps: 0", "0 updates"),
         ("val_size: 2.5", "whole number"),
         ("load_best_model_at_end: true", "needs evaluation"),

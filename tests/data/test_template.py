@@ -508,3 +508,54 @@ def test_a_tool_call_is_learned_as_the_template_writes_it(tokenizer: PreTrainedT
 def test_end_ids_hold_what_ends_an_answer_and_a_call(tokenizer: PreTrainedTokenizerBase) -> None:
     template = real(tokenizer, "openai-gpt-oss-120b")
     assert {"<|return|>", "<|call|>"} <= set(tokenizer.convert_ids_to_tokens(list(template.end_ids)))
+
+
+def test_a_turn_of_which_the_template_shows_nothing_is_refused(template: ChatTemplate) -> None:
+    """What a template cuts away up to a mark may be all that was said; an empty reply is not to be learned."""
+    cutting = with_source(template, CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +"))
+    assert pieces(cutting.rendered([Message("user", "a"), Message("assistant", "b</think>c")])) == ["c<|im_end|>"]
+    with pytest.raises(TemplateError, match="leaves out turn 2"):
+        cutting.views([Message("user", "a"), Message("assistant", "b</think> ")])
+
+
+def test_marks_around_nothing_belong_to_the_turn_between(template: ChatTemplate) -> None:
+    """A marked range without text, of a turn that is not to be learned, is not learned as part of another."""
+    marked = with_source(
+        template,
+        "{% for m in messages %}<|im_start|>{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+    )
+    talk = [
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("user", "c"),
+        Message("assistant", "d</think>", weight=0.0),
+    ]
+    assert pieces(marked.rendered(talk)) == ["b<|im_end|>"]
+    with pytest.raises(TemplateError, match="marks leave out turn 4"):
+        marked.rendered([*talk[:3], Message("assistant", "d</think>")])
+
+
+def test_a_turn_between_checked_ones_is_opened_as_its_sample_or_checked(template: ChatTemplate) -> None:
+    """The template opens replies with a mark unless they hold one; the prompt for a reply always does."""
+    template.tokenizer.add_special_tokens({"extra_special_tokens": ["<think>"]})
+    thinking = with_source(
+        template,
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ '<think></think>' if m['role'] == 'assistant' and '</think>' not in m['content'] }}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    )
+    said = ["x</think>y", *[f"b{n}" for n in range(11)]]
+    talk = [m for text in said for m in (Message("user", "a"), Message("assistant", text))]
+    assert pieces(thinking.rendered(talk))[1:] == [f"</think>{text}<|im_end|>" for text in said[1:]]
+
+
+def test_what_opens_a_call_is_the_turns(template: ChatTemplate) -> None:
+    """A template that writes no header before a call: the call's own opening is learned."""
+    source = (
+        "{% for m in messages %}{% if m['tool_calls'] %}[CALL]{{ m['tool_calls'][0]['function']['name'] }}<|im_end|>"
+        "{% elif m['role'] == 'user' %}U:{{ m['content'] }}{% else %}A:{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    calling = with_source(template, source)
+    assert pieces(calling.rendered(CALLS[:2], (LOOK,))) == ["[CALL]look_up<|im_end|>"]

@@ -16,6 +16,7 @@ from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
 from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
+from tunesmith.data.named import use_template
 from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix, target_of
 from tunesmith.data.report import DataReport, Finding
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
@@ -76,6 +77,7 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target | None
     quiet_library()
     try:
         tokenizer = load_tokenizer(config.model)
+        checked.notes += use_template(tokenizer, config.data.template)
         _look_at_tokenizer(tokenizer, checked)
         for sentence in no_effect(tokenizer, config.data.template_options):
             checked.warnings.append(_entry("no-effect", sentence, fix="Remove the key, or use a template that knows it."))

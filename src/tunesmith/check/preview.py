@@ -14,6 +14,7 @@ from tunesmith.check.example import describe, print_dataset_example
 from tunesmith.config.arguments import RunConfig
 from tunesmith.data.inspect import Inspected, inspect_row
 from tunesmith.data.kinds import KINDS, Rows
+from tunesmith.data.named import use_template
 from tunesmith.data.prepare import load_examples, load_rows, target_of
 from tunesmith.data.report import DataReport
 from tunesmith.data.selection import Examples
@@ -37,7 +38,8 @@ def preview(config: RunConfig, count: int, console: Console, as_json: bool = Fal
     """
     quiet_library()
     tokenizer = load_tokenizer(config.model)
-    report = DataReport(found=no_effect(tokenizer, config.data.template_options))
+    template = use_template(tokenizer, config.data.template)
+    report = DataReport(found=[*template, *no_effect(tokenizer, config.data.template_options)])
     train, held_out = _load(config, tokenizer, report, target or target_of(config))
     if as_json:
         rows = [describe(example, tokenizer) for example in train[:count]]
@@ -78,6 +80,7 @@ def preview_rows(
     wanted = [_parse(row, config) for row in rows]
     quiet_library()
     tokenizer = load_tokenizer(config.model)
+    use_template(tokenizer, config.data.template)
     kind = target or target_of(config)
     inspected = [(number, inspect_row(config, name, number, tokenizer, kind)) for name, number in wanted]
     if as_json:

@@ -137,7 +137,11 @@ class DataArguments(Arguments):
     )
     eval_dataset: NameList = Field((), description="Names in dataset_info.json to evaluate on.")
     dataset_dir: str = Field("data", description="Folder that holds dataset_info.json and the files it names.")
-    template: Literal["auto"] = Field("auto", description="auto: the tokenizer's own chat template.")
+    template: str = Field(
+        "auto",
+        min_length=1,
+        description="Chat template. auto: the tokenizer's own; or a name that `tunesmith templates` lists; or a .jinja file.",
+    )
     template_date: str | None = Field(
         None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="Day that templates take for today; the day the run began if unset."
     )

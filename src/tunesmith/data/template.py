@@ -120,7 +120,8 @@ class ChatTemplate:
         name = tokenizer.name_or_path
         if not (source or tokenizer.chat_template):
             raise TemplateError(
-                f"the tokenizer of {name!r} has no chat template; put a chat_template.jinja beside its tokenizer.json"
+                f"the tokenizer of {name!r} has no chat template; name one with template: "
+                "(`tunesmith templates` lists them), or put a chat_template.jinja beside its tokenizer.json"
             )
         if not tokenizer.is_fast:
             raise TemplateError(f"the tokenizer of {name!r} has no character offsets (no fast backend)")
@@ -159,6 +160,11 @@ class ChatTemplate:
             return self._with_tools.text(messages, tools, add_generation_prompt)
         known = as_messages(messages)
         return self._probe.dialogue(known, tuple(tools or ())).text(len(known), add_generation_prompt)
+
+    def wired(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        """Messages and tools in the form in which this template takes them, as ``apply_chat_template`` wants them."""
+        dialogue = self._probe.dialogue(messages, tools)
+        return dialogue.plain_messages, dialogue.plain_tools
 
     def rendered(self, messages: Sequence[Message], tools: Tools = ()) -> Rendered:
         """One rendering of the whole conversation, with every assistant turn whose weight is above 0.

@@ -63,8 +63,9 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """How a checked turn looks: the template's text before and after it, and what was found out about it."""
+    """How a checked turn looks: the text before its own, the part of it that is not learned, the text after it, and remarks."""
 
+    before: str
     opening: str
     ending: str
     ended: bool
@@ -168,7 +169,7 @@ class TurnFinder:
         """
         found = Found()
         for index in sorted(indices, key=lambda i: (i not in self._checked, i)):
-            if index not in self._own:
+            if not self._shows(index):
                 found.missing[index] = self._why_missing(index)
                 continue
             placed = self._place(index)
@@ -180,6 +181,12 @@ class TurnFinder:
         if any(one.turn.end > other.turn.start for one, other in pairwise(found.placed)):
             raise TemplateError("the template mixes the texts of several turns")
         return found
+
+    def _shows(self, index: int) -> bool:
+        """Whether there is text of a turn; of a turn that says something, more than blanks."""
+        message = self._prefixes.messages[index]
+        own = self._own.get(index, [])
+        return bool(self._joined(own).strip() if message.content.strip() or message.reasoning or message.tool_calls else own)
 
     def _why_missing(self, index: int) -> str:
         message = self._prefixes.messages[index]
@@ -231,7 +238,8 @@ class TurnFinder:
         best = final is None or (same and (prompted or not could))
         turn = Turn(index, start, end, self._words.ends(turn_tail), prompted and same)
         if best:
-            sample = _Sample(self._text[before:start], turn_tail, turn.ended, turn.served, tuple(notes))
+            opening = self._text[before:start]
+            sample = _Sample(self._text[before:first], opening, turn_tail, turn.ended, turn.served, tuple(notes))
             self._samples.setdefault(kind, sample)
         return Placed(turn, best, (*notes, *self._shown(index, start, end)))
 
@@ -245,7 +253,7 @@ class TurnFinder:
         own = self._own[index]
         before = self._before(own[0].start)
         start = before + len(sample.opening)
-        if start > own[0].start or not self._text.startswith(sample.opening, before):
+        if start > own[0].start or self._text[before : own[0].start] != sample.before:
             return None
         for span in reversed(own):
             if self._text.startswith(sample.ending, span.end):
@@ -274,7 +282,11 @@ class TurnFinder:
         if prompt is not None and self._text.startswith(prompt) and before <= len(prompt) < self._own[index][-1].end:
             return len(prompt), True
         gap = self._text[before:first]
-        return before + self._start_in_gap(gap, self._opener(index), notes), False
+        place = self._start_in_gap(gap, self._opener(index), notes)
+        if place is None and prompt is not None and self._prefixes.messages[index].tool_calls:
+            leaves = common_length(self._text, prompt)  # what opens a call is the turn's, too
+            place = len(self._words.whole(self._text[before:leaves], gap)) if before <= leaves <= first else None
+        return before + (len(gap) if place is None else place), False
 
     def _opener(self, index: int) -> str:
         """The template's own text at the end of the prompt for a turn."""
@@ -285,7 +297,8 @@ class TurnFinder:
         plain = str.__str__(traced)
         return plain[max((span.end for span in traced.spans), default=0) :]
 
-    def _start_in_gap(self, gap: str, prompt: str, notes: list[str]) -> int:
+    def _start_in_gap(self, gap: str, prompt: str, notes: list[str]) -> int | None:
+        """Where the opening of a reply ends in the text before it; None if nothing like it is there."""
         words = self._words
         for text in (prompt, words.prompt):
             found = gap.rfind(text)
@@ -301,7 +314,7 @@ class TurnFinder:
                 if kept[:cut].strip():
                     notes.append(f"in chat the template opens replies with {text[cut:]!r}, these turns are opened otherwise")
                     return found + cut
-        return len(gap)
+        return None
 
     # ---- where it ends
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,15 @@ def _compare(state: dict[str, torch.Tensor], expected: dict[str, Any], path: Pat
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name].shape)}; "
                 "was lora_rank changed?"
             )
+
+
+def stop_at(model: torch.nn.Module, ends: Sequence[int]) -> None:
+    """Add the tokens that end a turn to those at which generation with the model's saved configuration stops."""
+    settings = unwrap(model).generation_config
+    known = settings.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    stops = list(dict.fromkeys([*(end for end in known if end is not None), *ends]))
+    settings.eos_token_id = stops[0] if len(stops) == 1 else stops
 
 
 def save_finished(model: torch.nn.Module, folder: Path) -> None:

@@ -19,6 +19,7 @@ from tunesmith.config.arguments import (
     TrainingArguments,
 )
 from tunesmith.config.load import load_config, load_model_settings
+from tunesmith.data.named import use_template
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.generate.engine import ChatEngine
@@ -55,7 +56,7 @@ def load_chat(target: str, overrides: Sequence[str] = ()) -> Chat:
 
     Args:
         target: run folder, model folder, hub id or ``builtin:...``.
-        overrides: ``key=value`` settings; for a run they win over its ``config.yaml``.
+        overrides: ``key=value`` settings; for a run they win over its ``config.yaml``. A plain model takes ``template``, too.
 
     Raises:
         CheckpointError: a run folder without a finished result.
@@ -65,14 +66,18 @@ def load_chat(target: str, overrides: Sequence[str] = ()) -> Chat:
     device = pick_device()
     run = Path(target)
     asked = [override.partition("=")[0] for override in overrides]
-    if useless := [key for key in asked if key in TRAINING_KEYS]:
+    refused = TRAINING_KEYS if (run / CONFIG).is_file() else TRAINING_KEYS - {"template"}
+    if useless := [key for key in asked if key in refused]:
         raise ConfigError(f"{', '.join(useless)}: settings of training; chat takes those of the model and of generation")
     if not (run / CONFIG).is_file():
         if (run / ADAPTER_CONFIG).is_file():
             raise ModelError(f"{run}: an adapter without {CONFIG}; its base model is not known")
         model_args, data, generating = load_model_settings(target, overrides)
+        tokenizer = load_tokenizer(model_args)
+        for note in use_template(tokenizer, data.template):
+            log.warning(note)
         plain = load_base_model(model_args, resolve_dtype(model_args.compute_dtype, device), device)
-        return _chat(plain, load_tokenizer(model_args), data, generating, data.template_date)
+        return _chat(plain, tokenizer, data, generating, data.template_date)
     if not is_finished(run):
         raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
     config, _ = load_config(run / CONFIG, overrides)

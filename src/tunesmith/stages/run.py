@@ -11,10 +11,12 @@ import torch
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
+from tunesmith.data.named import use_template
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
+from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
-from tunesmith.model.adapter import count_parameters, save_finished
+from tunesmith.model.adapter import count_parameters, save_finished, stop_at
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import ancestors
@@ -60,6 +62,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     """
     quiet_library()
     tokenizer = load_tokenizer(config.model)
+    for note in use_template(tokenizer, config.data.template):
+        reporter.note(f"note: {note}")
     for sentence in no_effect(tokenizer, config.data.template_options):
         reporter.note(f"warning: {sentence}")
     report = DataReport()
@@ -154,6 +158,8 @@ def with_date(config: RunConfig, resumed: Path | None) -> RunConfig:
 def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
     state, given = trainer.state, trainer.given
     existing = files_in(folder)
+    if config.finetuning.stage != "pt":
+        stop_at(trainer.model, ChatTemplate(given.tokenizer, config.data.template_date).end_ids)
     save_finished(trainer.model, folder)
     given.tokenizer.save_pretrained(folder)
     config.finetuning.save_to_json(folder / FINETUNING_ARGS)

@@ -1,0 +1,1 @@
+"""Proofs that can be asked for: what is learned is what should be."""
