@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.config.paths import data_cache
 from tunesmith.data.kinds import Kind, Rows
+from tunesmith.data.memory import RowsInMemory
 from tunesmith.data.objective import Objective
 from tunesmith.data.pipeline import Place, Recipe, convert_rows, tokenised
 from tunesmith.data.problem import BadRow
@@ -230,7 +231,7 @@ def hold_out(rows: Selection, share: float, seed: int) -> tuple[Selection, Selec
     return split(rows, count, seed)
 
 
-def blocks(documents: Selection, length: int, report: DataReport) -> Blocks:
+def blocks(documents: Selection | RowsInMemory, length: int, report: DataReport) -> Blocks:
     """Documents as blocks; what does not fill the last one is counted.
 
     Raises:
