@@ -275,6 +275,14 @@ def test_an_account_names_only_so_many_rows() -> None:
     assert len(total.findings) == LISTED + 1
 
 
+def test_a_declared_column_that_the_first_rows_lack_is_named(configure: Any, dataset: Path) -> None:
+    columns = {"prompt": "instruction", "response": "output", "system": "sytem"}
+    write_dataset(dataset, make_rows(9), columns=columns)
+    (said,) = stream_of(configure()).report.found
+    assert "of the first 7 rows" in said
+    assert "no row has the column 'sytem'" in said
+
+
 def test_a_position_survives_json(configure: Any, corpus: str) -> None:
     stream = stream_of(configure(**KINDS["blocks"]))
     buffers = stream.buffers(stream.beginning())

@@ -116,6 +116,11 @@ def test_check_reads_all_of_it_and_preview_the_first_rows(streaming: dict[str, A
     assert found["plan"]["updates"] == 20
     stored = json.loads(tunesmith("check", config, "--json", "streaming=false", "buffer_size=16384", check=False).stdout)
     assert found["lengths"] == stored["lengths"]
+    columns = {"prompt": "instruction", "query": "inputt", "response": "output"}
+    write_dataset(Path(streaming["dataset_dir"]), rows, columns=columns)
+    errors = json.loads(tunesmith("check", config, "--json", check=False).stdout)["errors"]
+    assert any("no row has the column 'inputt'" in entry["message"] for entry in errors)
+    write_dataset(Path(streaming["dataset_dir"]), rows)
     assert "plan: 20 updates; once through the sets are 39 examples" in tunesmith("check", config, check=False).stdout
     examples = json.loads(tunesmith("preview", config, "--json", "--rows", "3").stdout)["examples"]
     assert [example["source"].rpartition(":")[2] for example in examples] == ["1 (row 1)", "2 (row 2)", "3 (row 3)"]

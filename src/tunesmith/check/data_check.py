@@ -17,7 +17,7 @@ from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
 from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
-from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix, target_of
+from tunesmith.data.prepare import blocks, check_columns, data_seed, hold_out, load_set, mix, target_of
 from tunesmith.data.report import DataReport, Finding
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.data.sniff import Target
@@ -181,9 +181,13 @@ def _look_at_stream(config: RunConfig, target: Target, tokenizer: PreTrainedToke
     for number, name in enumerate(data.dataset):
         report = DataReport()
         try:
-            for result in open_set(config, name, number, target, tokenizer, report).results(0):
+            opened, columns, files = open_set(config, name, number, target, tokenizer, report), set[str](), set[str]()
+            for result in opened.results(0):
                 report.merge(result.report)
                 lengths.update(len(row.ids) for row in result.learned)
+                columns |= result.columns
+                files |= {row.source.file for row in result.learned[:1]}
+            check_columns(opened.attr, columns, sorted(files))
         except TunesmithError as error:
             checked.errors.append(_entry(type(error).__name__, str(error)))
         _count(name, report, checked)

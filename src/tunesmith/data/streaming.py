@@ -26,7 +26,7 @@ from tunesmith.data.mixture import Cursor, Mixture, MixtureState, StreamedSet, T
 from tunesmith.data.pack import pack
 from tunesmith.data.pipeline import ChunkMaker
 from tunesmith.data.prefetch import Stopped
-from tunesmith.data.prepare import blocks, data_seed, find_set, load_set, make_recipe, target_of
+from tunesmith.data.prepare import blocks, check_columns, data_seed, find_set, load_set, make_recipe, target_of
 from tunesmith.data.report import LISTED, DataReport, Policy, reasons
 from tunesmith.data.selection import Blocks, Examples, joined
 from tunesmith.data.sniff import Target
@@ -348,7 +348,7 @@ def open_set(
         number: its place in ``dataset``, which chooses its ``source_prefix``.
         target: what is needed of a row.
         tokenizer: of the model.
-        report: told what the layout is.
+        report: told what the layout is, and which declared columns the first rows lack.
 
     Raises:
         DataError: the set cannot be used.
@@ -362,8 +362,13 @@ def open_set(
             "max_samples to use only the first rows"
         )
     report.found += [sentence] if sentence else []
-    chunks = ChunkMaker(attr, make_recipe(data, target), tokenizer)
-    return StreamedSet(attr, data.dataset_dir, chunks, limit=data.max_samples)
+    opened = StreamedSet(attr, data.dataset_dir, ChunkMaker(attr, make_recipe(data, target), tokenizer), limit=data.max_samples)
+    head = next(opened.results(0))
+    try:
+        check_columns(attr, head.columns, [row.source.file for row in head.learned[:1]])
+    except DataError as error:  # it may come later; that a stored set lacks it is known for certain
+        report.found.append(f"of the first {head.rows} rows: {error}")
+    return opened
 
 
 def _head(source: StreamedSet, count: int, report: DataReport) -> list[Learned]:
