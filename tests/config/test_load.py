@@ -96,6 +96,8 @@ def test_every_key_survives_a_dropped_letter(tmp_path: Path, key: str) -> None:
         ("val_size: 0.1", "never used"),
         ("use_fast_tokenizer: false", "offsets"),
         ("source_prefix: a|b|c", "3 prefixes for 2 data sets"),
+        ("streaming: true", "needs max_steps: N"),
+        ("buffer_size: 100", "with streaming: true only"),
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, line: str, said: str) -> None:
@@ -109,6 +111,26 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, text)
     assert "bf16 and fp16" in message
     assert "val_size and dev_ratio" in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("val_size: 0.1\neval_steps: 2", "val_size: a share of a stream is not known before its end"),
+        ("dev_ratio: 0.1\neval_steps: 2", "dev_ratio: a share of a stream"),
+        ("group_by_length: true", "does not go with streaming"),
+        ("tokenized_path: x", "only those of eval_dataset are stored"),
+        ("buffer_size: 9\ndisable_shuffling: true", "nothing is shuffled or packed"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(tmp_path: Path, lines: str, said: str) -> None:
+    assert said in refusal(tmp_path, yaml.safe_dump({**GOOD, "streaming": True, "max_steps": 5}) + lines + "\n")
+
+
+@pytest.mark.parametrize("line", ["packing: true", "disable_shuffling: true", "stage: pt"])
+def test_grouping_by_length_needs_rows_of_several_lengths_in_no_order(tmp_path: Path, line: str) -> None:
+    message = refusal(tmp_path, yaml.safe_dump({**GOOD, "group_by_length": True}) + line + "\n")
+    assert f"does not go with {line.split(':')[0]}" in message
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,31 @@ def test_starting_in_the_middle_gives_the_rest() -> None:
     loader = DataLoader(examples(20), 3, 2, seed=7)
     for start in range(len(loader) + 1):
         assert rows(loader, 2, start) == rows(loader, 2)[start:]
+
+
+def grouped(count: int, lengths: np.ndarray, epoch: int = 0, by_length: bool = True) -> list[list[int]]:
+    """Row numbers of each window of ``count`` rows of random lengths."""
+    made = [Example(np.zeros(n, np.int32), np.zeros(n, np.int32), Source("d", "f", row, row)) for row, n in enumerate(lengths)]
+    loader = DataLoader(made, 2, count // 2, seed=3, by_length=by_length)
+    return [[row for batch in window for row in batch] for window in rows(loader, epoch)]
+
+
+@pytest.mark.parametrize("number", [5, 37, 256, 1001])
+def test_rows_of_similar_length_share_a_window(number: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, number)
+    lengths[number - 2] = 900
+    windows = grouped(4, lengths)
+    assert sorted(row for window in windows for row in window) == list(range(number))
+    assert number - 2 in windows[0]
+    assert windows == grouped(4, lengths)
+    assert number < 8 or windows != grouped(4, lengths, epoch=1)
+    assert [len(window) for window in windows[:-1]] == [4] * (len(windows) - 1)
+    if number > 100:
+        waste = {by_length: sum(len(w) * max(lengths[w]) - sum(lengths[w]) for w in grouped(4, lengths, by_length=by_length))
+                 for by_length in (False, True)}  # fmt: skip
+        assert waste[True] < 0.2 * waste[False]
+
+
+def test_grouped_windows_start_in_the_middle_too() -> None:
+    loader = DataLoader(examples(50), 2, 2, seed=7, by_length=True)
+    assert [rows(loader, 1, start) for start in range(len(loader))] == [rows(loader, 1)[start:] for start in range(len(loader))]

@@ -93,6 +93,18 @@ def test_k3_a_resumed_run_ends_bit_equal(
     assert (unbroken / last / "optimizer.safetensors").read_bytes() == (broken / last / "optimizer.safetensors").read_bytes()
 
 
+def test_the_longest_rows_come_first_where_rows_are_grouped_by_length(settings: dict[str, Any], write_config: Any) -> None:
+    settings.update(group_by_length=True, per_device_train_batch_size=2, num_train_epochs=2)
+    config, run = write_config(settings), Path(settings["output_dir"])
+    tunesmith("train", config)
+    tokens = [entry["num_tokens"] for entry in read_log(run)]
+    assert tokens[0] == max(tokens)
+    tunesmith("train", config, f"output_dir={run}-2", "num_train_epochs=1", "lr_scheduler_type=constant")
+    plain = [entry["num_tokens"] for entry in read_log(Path(f"{run}-2"))]
+    assert plain == tokens[:11]
+    assert tokens[11:] != plain
+
+
 def test_auto_with_nothing_to_resume_says_so(settings: dict[str, Any], write_config: Any) -> None:
     done = tunesmith("train", write_config(settings), "resume_from_checkpoint=auto", "max_steps=1")
     assert "nothing to resume" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -17,10 +18,11 @@ from tunesmith.config.load import load_config
 from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.named import use_template
-from tunesmith.data.prepare import blocks, data_seed, hold_out, load_set, mix, target_of
+from tunesmith.data.prepare import blocks, check_columns, data_seed, hold_out, load_set, mix, target_of
 from tunesmith.data.report import DataReport, Finding
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.data.sniff import Target
+from tunesmith.data.streaming import open_set
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
@@ -41,9 +43,9 @@ class Checked:
     Attributes:
         errors, warnings: each ``{code, file, line, column, message, fix}``; unknown places are None.
         notes: sentences that are no alarm.
-        counts: data set -> rows read, kept, dropped, truncated, duplicate.
+        counts: data set -> rows read, kept, dropped, truncated, duplicate (not of a stream).
         lengths: tokens of the examples: min, median, mean, p95, max, histogram; empty where there are none.
-        plan: updates, tokens and shares of the run; empty where it cannot be told.
+        plan: updates, tokens and shares of the run; empty where it cannot be told, in part where rows are streamed.
     """
 
     errors: list[dict[str, Any]] = field(default_factory=list)
@@ -115,6 +117,9 @@ def _look_at_tokenizer(tokenizer: PreTrainedTokenizerBase, checked: Checked) -> 
 
 def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
     data = config.data
+    if data.streaming and target not in KINDS:
+        _look_at_stream(config, target, tokenizer, checked)
+        return
     seen: _Seen = {}
     train = [_look_at_set(config, name, i, target, tokenizer, checked, seen) for i, name in enumerate(data.dataset)]
     held_out = [_look_at_set(config, name, 0, target, tokenizer, checked, seen, held_out=True) for name in data.eval_dataset]
@@ -136,7 +141,7 @@ def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokeni
     except DataError as error:
         checked.errors.append(_entry("data", str(error), fix="Change val_size or cutoff_len."))
         return
-    checked.lengths = _lengths(mixed.lengths)
+    checked.lengths = _lengths(*np.unique(mixed.lengths, return_counts=True))
     checked.plan = _plan(config, rows, evaluated)
 
 
@@ -158,11 +163,53 @@ def _look_at_set(
         duplicates = _repeated(rows, checked, seen, held_out)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
+    _count(name, report, checked, duplicates)
+    return rows
+
+
+def _count(name: str, report: DataReport, checked: Checked, duplicates: int | None = None) -> None:
+    """List what was found in a set, and count its rows; repeated ones where they were looked for."""
     _list(report, checked)
     cut = sum(finding.count for finding in report.of("cut"))
-    checked.counts[name] = {"read": report.read, "kept": report.kept, "dropped": report.left_out(), "truncated": cut,
-                            "duplicate": duplicates}  # fmt: skip
-    return rows
+    counts = {"read": report.read, "kept": report.kept, "dropped": report.left_out(), "truncated": cut}
+    checked.counts[name] = counts if duplicates is None else {**counts, "duplicate": duplicates}
+
+
+def _look_at_stream(config: RunConfig, target: Target, tokenizer: PreTrainedTokenizerBase, checked: Checked) -> None:
+    """Read every row once, keeping nothing but the account and the lengths."""
+    data = config.data
+    lengths: Counter[int] = Counter()
+    supervised = 0
+    for number, name in enumerate(data.dataset):
+        report = DataReport()
+        try:
+            opened, columns, files = open_set(config, name, number, target, tokenizer, report), set[str](), set[str]()
+            for result in opened.results(0):
+                report.merge(result.report)
+                lengths.update(len(row.ids) for row in result.learned)
+                columns |= result.columns
+                files |= {row.source.file for row in result.learned[:1]}
+            check_columns(opened.attr, columns, sorted(files))
+        except TunesmithError as error:
+            checked.errors.append(_entry(type(error).__name__, str(error)))
+        _count(name, report, checked)
+        supervised += report.supervised
+    for name in data.eval_dataset:
+        _look_at_set(config, name, 0, target, tokenizer, checked, {}, held_out=True)
+    checked.notes.append("streaming: every row was read; repeated rows are not looked for, because nothing is kept")
+    if not lengths:
+        return
+    values = np.array(sorted(lengths))
+    counts = np.array([lengths[value] for value in values.tolist()])
+    tokens = int(values @ counts)
+    documents = target == "document"
+    checked.lengths = _lengths(values, counts)
+    checked.plan = {
+        "train_examples": tokens // data.cutoff_len if documents else int(counts.sum()),
+        "updates": config.training.max_steps,
+        "tokens_per_epoch": tokens,
+        "supervised_share": round((data.cutoff_len - 1) / data.cutoff_len if documents else supervised / tokens, 4),
+    }
 
 
 def _fingerprints(rows: Selection) -> Iterator[tuple[int, int]]:
@@ -213,18 +260,27 @@ def _rows(finding: Finding, most: int) -> list[dict[str, Any]]:
 # ---- lengths and plan
 
 
-def _lengths(values: np.ndarray) -> dict[str, Any]:
+def _lengths(values: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """Summary of lengths, given the different ones in order and how often each occurs."""
     edges = np.unique(np.linspace(values.min(), values.max() + 1, _BINS + 1).astype(int))
-    counts, _ = np.histogram(values, bins=edges)
-    bins = [{"from": int(a), "to": int(b) - 1, "count": int(n)} for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    heights, _ = np.histogram(values, bins=edges, weights=counts)
+    bins = [{"from": int(a), "to": int(b) - 1, "count": int(n)} for a, b, n in zip(edges[:-1], edges[1:], heights, strict=True)]
     return {
         "min": int(values.min()),
-        "median": float(np.median(values)),
-        "mean": round(float(values.mean()), 1),
-        "p95": float(np.percentile(values, 95)),
+        "median": _percentile(values, counts, 0.5),
+        "mean": round(float(values @ counts / counts.sum()), 1),
+        "p95": _percentile(values, counts, 0.95),
         "max": int(values.max()),
         "histogram": bins,
     }
+
+
+def _percentile(values: np.ndarray, counts: np.ndarray, share: float) -> float:
+    """The value below which this share of all lies, between two neighbours in proportion (numpy's default)."""
+    upto = counts.cumsum()
+    place = share * (int(upto[-1]) - 1)
+    low, high = (int(values[np.searchsorted(upto, index, side="right")]) for index in (int(place), ceil(place)))
+    return low + (high - low) * (place - int(place))
 
 
 def _plan(config: RunConfig, train: Examples | Rows[Any], held_out: Examples | Rows[Any]) -> dict[str, Any]:

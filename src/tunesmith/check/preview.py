@@ -19,6 +19,7 @@ from tunesmith.data.prepare import load_examples, load_rows, target_of
 from tunesmith.data.report import DataReport
 from tunesmith.data.selection import Examples
 from tunesmith.data.sniff import Target
+from tunesmith.data.streaming import load_stream
 from tunesmith.data.template import Certificate
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError
@@ -38,18 +39,29 @@ def preview(config: RunConfig, count: int, console: Console, as_json: bool = Fal
     """
     quiet_library()
     tokenizer = load_tokenizer(config.model)
-    template = use_template(tokenizer, config.data.template)
-    report = DataReport(found=[*template, *no_effect(tokenizer, config.data.template_options)])
-    train, held_out = _load(config, tokenizer, report, target or target_of(config))
+    notes = [*use_template(tokenizer, config.data.template), *no_effect(tokenizer, config.data.template_options)]
+    report = DataReport(found=notes)
+    target, total = target or target_of(config), None
+    examples: Sequence[Any]
+    held_out: Sequence[Any] | None
+    if config.data.streaming and target == target_of(config):
+        stream, held_out = load_stream(config, tokenizer, report)
+        learned, read = stream.first(count)
+        report.merge(read)
+        examples = [row.example() for row in learned]
+    else:
+        train, held_out = _load(config, tokenizer, report, target)
+        examples, total = train[:count], len(train)
     if as_json:
-        rows = [describe(example, tokenizer) for example in train[:count]]
-        value = {"report": report.to_dict(), "train_rows": len(train), "eval_rows": len(held_out or ()), "examples": rows}
+        rows = [describe(example, tokenizer) for example in examples]
+        value = {"report": report.to_dict(), "train_rows": total, "eval_rows": len(held_out or ()), "examples": rows}
         print(json.dumps(value, ensure_ascii=False))
         return
     for line in report.lines():
         console.print(Text(line))
-    console.print(Text(f"{len(train):,} rows to train on, {len(held_out or ()):,} to evaluate on"))
-    for number, example in enumerate(train[:count], 1):
+    known = f"{total:,} rows to train on" if total is not None else "a stream of rows to train on"
+    console.print(Text(f"{known}, {len(held_out or ()):,} to evaluate on"))
+    for number, example in enumerate(examples, 1):
         print_dataset_example(example, tokenizer, console, number)
 
 

@@ -17,15 +17,22 @@ def sentences(checked: Checked) -> Iterator[str]:
     """What was found, line by line."""
     yield from (f"note: {note}" for note in checked.notes)
     for name, counts in checked.counts.items():
+        repeated = f", {counts['duplicate']:,} repeated" if "duplicate" in counts else ""
         yield (
             f"{name}: {counts['read']:,} rows read, {counts['kept']:,} kept, {counts['dropped']:,} cannot be trained on, "
-            f"{counts['truncated']:,} longer than cutoff_len, {counts['duplicate']:,} repeated"
+            f"{counts['truncated']:,} longer than cutoff_len{repeated}"
         )
     yield from _entries("error", checked.errors)
     yield from _entries("warning", checked.warnings)
     if checked.lengths:
         yield from _histogram(checked.lengths)
-    if plan := checked.plan:
+    plan = checked.plan
+    if plan and "updates_per_epoch" not in plan:
+        yield (
+            f"plan: {plan['updates']:,} updates; once through the sets are {plan['train_examples']:,} examples with "
+            f"{plan['tokens_per_epoch']:,} tokens, {plan['supervised_share']:.0%} of them learned"
+        )
+    elif plan:
         yield (
             f"plan: {plan['updates']:,} updates ({plan['updates_per_epoch']:,} an epoch), {plan['tokens']:,} tokens, "
             f"{plan['supervised_share']:.0%} of them learned; {plan['eval_examples']:,} examples to evaluate on"

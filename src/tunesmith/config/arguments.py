@@ -166,6 +166,16 @@ class DataArguments(Arguments):
         description="auto: a row that cannot be read, or whose mask cannot be certified, ends the run; an empty or malformed "
         "one is left out and counted. drop: all such rows are left out. error: any of them ends the run.",
     )
+    streaming: bool = Field(
+        False,
+        description="Read, tokenise and mask rows while training asks for them; nothing is stored. For sets larger than memory "
+        "or disk. Needs max_steps.",
+    )
+    buffer_size: int = Field(
+        16384,
+        gt=0,
+        description="streaming: rows that are shuffled, and packed, together. A buffer is full at 16.8 million tokens, too.",
+    )
     max_samples: int | None = Field(None, gt=0, description="Use only the first N rows of each data set.")
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = Field(
         "concat",
@@ -179,7 +189,11 @@ class DataArguments(Arguments):
     )
     overwrite_cache: bool = Field(False, description="Tokenise anew even if the rows have been tokenised before.")
     tokenized_path: str | None = Field(None, description="Where tokenised rows are kept; the user's cache if unset.")
-    val_size: float = Field(0.0, ge=0, description="Hold out this share (below 1) or number (1 and up) of rows for evaluation.")
+    val_size: float = Field(
+        0.0,
+        ge=0,
+        description="Hold out this share (below 1) or number (1 and up) of rows for evaluation; of a stream, its first rows.",
+    )
     dev_ratio: float = Field(0.0, ge=0, lt=1, description="Hold out this share of rows; the same as val_size below 1.")
     source_prefix: str = Field(
         "", description="Text put before the first user turn; one for all sets, or one per set, divided by |."
@@ -253,6 +267,9 @@ class TrainingArguments(Arguments):
     per_device_eval_batch_size: int = Field(8, gt=0, description="Rows in one evaluation forward pass.")
     gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes summed into one update.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data.")
+    group_by_length: bool = Field(
+        False, description="Batches of rows of similar length, the longest first: fewer pads where a model needs them."
+    )
     max_steps: int = Field(-1, ge=-1, description="Number of updates; -1: from num_train_epochs.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal[

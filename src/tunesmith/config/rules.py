@@ -15,7 +15,8 @@ from tunesmith.config.arguments import (
 
 NO_EFFECT = {
     "neat_packing": "rows of a pack never see each other; packing: true is all it takes",
-    "dataloader_num_workers": "batches are assembled from rows already tokenised; no worker is needed",
+    "dataloader_num_workers": "batches are assembled from rows already tokenised; of a stream, a thread prepares the next ones",
+    "dataloader_prefetch_factor": "one buffer of a stream is prepared while another is in use; stored rows need no preparing",
     "ddp_timeout": "data are prepared outside any collective call, so the default timeout holds",
     "ddp_find_unused_parameters": "only trainable parameters are tracked",
 }
@@ -37,7 +38,6 @@ UNSUPPORTED = {
     "reward_model": "stage ppo is not supported in this version",
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
-    "streaming": "data sets are read whole in this version",
 }
 """Keys of other toolkits that would change a result and cannot be honoured: refused, with what to do instead."""
 
@@ -94,6 +94,8 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
         yield from _training_rules(training)
         if isinstance(data, DataArguments):
             yield from _evaluation_rules(data, training)
+            yield from _stream_rules(data, training)
+            yield from _length_rules(data, training, sections.get("finetuning"))
 
 
 def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> Iterator[tuple[str, str]]:
@@ -207,3 +209,36 @@ def _evaluation_rules(data: DataArguments, training: TrainingArguments) -> Itera
         yield key, "rows are held out but never used; set eval_strategy: epoch, or eval_steps: N"
     if training.load_best_model_at_end and not evaluates(training):
         yield "load_best_model_at_end", "needs evaluation; set eval_strategy or eval_steps"
+
+
+def _stream_rules(data: DataArguments, training: TrainingArguments) -> Iterator[tuple[str, str]]:
+    default = DataArguments.model_fields["buffer_size"].default
+    if not data.streaming:
+        if data.buffer_size != default:
+            yield "buffer_size", "has a meaning with streaming: true only; remove it"
+        return
+    if training.max_steps < 0:
+        yield "streaming", "needs max_steps: N, because how many rows there are is not known before the end of the stream"
+    for key, value in (("val_size", data.val_size), ("dev_ratio", data.dev_ratio)):
+        if 0 < value < 1:
+            yield key, "a share of a stream is not known before its end; set val_size: N (its first N rows), or eval_dataset"
+    if data.disable_shuffling and not data.packing and data.buffer_size != default:
+        yield "buffer_size", "nothing is shuffled or packed in a buffer; remove it, or disable_shuffling"
+    if not data.eval_dataset:
+        stored = {"overwrite_cache": data.overwrite_cache, "tokenized_path": data.tokenized_path,
+                  "preprocessing_num_workers": data.preprocessing_num_workers}  # fmt: skip
+        for key in (key for key, value in stored.items() if value):
+            yield key, "is about stored rows, and with streaming: true only those of eval_dataset are stored; remove it"
+
+
+def _length_rules(data: DataArguments, training: TrainingArguments, finetuning: Arguments | None) -> Iterator[tuple[str, str]]:
+    if not training.group_by_length:
+        return
+    why = {
+        "streaming: the lengths of rows to come are not known": data.streaming,
+        "packing: packs are of one length already": data.packing,
+        "disable_shuffling: rows cannot both keep their order and be sorted": data.disable_shuffling,
+        "stage pt: blocks are of one length already": isinstance(finetuning, FinetuningArguments) and finetuning.stage == "pt",
+    }
+    for reason in (reason for reason, given in why.items() if given):
+        yield "group_by_length", f"does not go with {reason}; remove one of the two"

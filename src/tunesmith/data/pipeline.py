@@ -132,7 +132,7 @@ def tokenised(
         DataError, TemplateError: the set or the tokenizer cannot be used.
     """
     chunks = ChunkMaker(attr, recipe, tokenizer)
-    key = _key(attr, dataset_dir, limit, recipe, chunks)
+    key = _key(attr, dataset_dir, limit, chunks)
     target = place.folder / key
     place.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(place.folder / f".{key}.lock"):
@@ -242,6 +242,23 @@ class ChunkMaker:
         unread = self.maker.template.unread if isinstance(self.maker, DialogueMaker) else tuple(self.recipe.options)
         return {name: value for name, value in self.recipe.options.items() if name not in unread}
 
+    def facts(self) -> dict[str, Any]:
+        """All that decides what is made of a row, as plain values."""
+        recipe, dated = self.recipe, "strftime_now" in self.template_source
+        return {
+            "attr": self.attr.model_dump(mode="json", exclude={"num_samples"}),
+            "recipe": {
+                **recipe.__dict__,
+                "placeholders": dict(recipe.placeholders),
+                "date": recipe.date if dated else None,
+                "options": self.options_read,
+                "objective": asdict(recipe.objective),
+            },
+            "tokenizer": self.maker.encoder.digest,
+            "special": {name: str(token) for name, token in sorted(self.tokenizer.special_tokens_map.items())},
+            "template": self.template_source,
+        }
+
     def make(self, batch: Batch) -> Result:
         """All three steps."""
         return self.finish(self.tokenise(self.begin(batch)))
@@ -328,24 +345,12 @@ def messages_of(row: Row) -> Sequence[Message]:
 # ---- what a store is known by
 
 
-def _key(attr: DatasetAttr, dataset_dir: str, limit: int | None, recipe: Recipe, chunks: ChunkMaker) -> str:
+def _key(attr: DatasetAttr, dataset_dir: str, limit: int | None, chunks: ChunkMaker) -> str:
     """A name made of everything that the store depends on."""
-    tokenizer = chunks.tokenizer
-    dated = "strftime_now" in chunks.template_source
     facts = {
+        **chunks.facts(),
         "files": [(path.name, file_sha(path)) for path in data_files(attr, dataset_dir)],
-        "attr": attr.model_dump(mode="json", exclude={"num_samples"}),
         "limit": limit,
-        "recipe": {
-            **recipe.__dict__,
-            "placeholders": dict(recipe.placeholders),
-            "date": recipe.date if dated else None,
-            "options": chunks.options_read,
-            "objective": asdict(recipe.objective),
-        },
-        "tokenizer": chunks.maker.encoder.digest,
-        "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-        "template": chunks.template_source,
         "code": _code(),
         "libraries": [version(name) for name in ("tokenizers", "transformers", "jinja2")],
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tunesmith.config.arguments import DataArguments, DatasetAttr, RunConfig
 from tunesmith.config.paths import data_cache
 from tunesmith.data.kinds import Kind, Rows
+from tunesmith.data.memory import RowsInMemory
 from tunesmith.data.objective import Objective
 from tunesmith.data.pipeline import Place, Recipe, convert_rows, tokenised
 from tunesmith.data.problem import BadRow
@@ -126,7 +127,7 @@ def load_set(
     )
     store = tokenised(attr, data.dataset_dir, limit, recipe, tokenizer, place)
     report.merge(store.progress.report)
-    _check_columns(attr, store.progress.columns, store.progress.files)
+    check_columns(attr, store.progress.columns, store.progress.files)
     chosen = Selection([store])
     if attr.num_samples is not None:
         chosen = draw(chosen, min(attr.num_samples, data.max_samples or attr.num_samples), data_seed(config))
@@ -190,7 +191,7 @@ def settled(attr: DatasetAttr, dataset_dir: str, target: Target) -> tuple[Datase
     return settle(attr, rows, target) if rows else (attr, "")
 
 
-def _check_columns(attr: DatasetAttr, seen: set[str], files: list[str]) -> None:
+def check_columns(attr: DatasetAttr, seen: set[str], files: list[str]) -> None:
     """Raise DataError when a column that the data set declares is in none of its rows: a misspelt name, most likely."""
     for field, key in _FIELDS.items():
         name = getattr(attr, field)
@@ -230,7 +231,7 @@ def hold_out(rows: Selection, share: float, seed: int) -> tuple[Selection, Selec
     return split(rows, count, seed)
 
 
-def blocks(documents: Selection, length: int, report: DataReport) -> Blocks:
+def blocks(documents: Selection | RowsInMemory, length: int, report: DataReport) -> Blocks:
     """Documents as blocks; what does not fill the last one is counted.
 
     Raises:

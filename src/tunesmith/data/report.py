@@ -21,7 +21,8 @@ _FATAL: dict[Policy, tuple[Kind, ...]] = {
 }  # fmt: skip
 _LEFT_OUT: tuple[Kind, ...] = ("unreadable", "uncertified", "dropped")
 _SHOWN = 5
-_KEPT_LISTED = 1000
+LISTED = 1000
+"""Rows that are named in an account where not all are."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Finding:
     def add(self, count: int, rows: Sequence[tuple[Source, int | None]]) -> None:
         """Count further rows."""
         self.count += count
-        room = len(rows) if self.kind in _LEFT_OUT else _KEPT_LISTED - len(self.rows)
+        room = len(rows) if self.kind in _LEFT_OUT else LISTED - len(self.rows)
         self.rows.extend(rows[: max(room, 0)])
 
     def places(self, most: int = _SHOWN) -> str:
@@ -81,17 +82,29 @@ class DataReport:
         """Count a row."""
         self.findings.setdefault((kind, message), Finding(kind, code, message, fix)).add(1, [(source, column)])
 
-    def merge(self, other: DataReport) -> None:
-        """Add another account to this one."""
+    def merge(self, other: DataReport, most: int | None = None) -> None:
+        """Add another account to this one.
+
+        Args:
+            other: the other one.
+            most: rows named in all; what further rows have is counted, without their places, and messages that have not
+                been met by then are not told apart. None: no bound.
+        """
         self.read += other.read
         self.kept += other.kept
         self.tokens += other.tokens
         self.supervised += other.supervised
         self.remainder += other.remainder
         self.found += other.found
-        for key, theirs in other.findings.items():
-            own = self.findings.setdefault(key, Finding(theirs.kind, theirs.code, theirs.message, theirs.fix))
-            own.add(theirs.count, theirs.rows)
+        room = None if most is None else max(most - sum(len(f.rows) for f in self.findings.values()), 0)
+        for (kind, message), theirs in other.findings.items():
+            rows = theirs.rows[:room]
+            if room is not None:
+                room -= len(rows)
+                if not rows and (kind, message) not in self.findings:
+                    message = f"{theirs.code} (too many kinds to tell apart)"
+            own = self.findings.setdefault((kind, message), Finding(theirs.kind, theirs.code, message, theirs.fix))
+            own.add(theirs.count, rows)
 
     def problem(self, problem: RowProblem, source: Source) -> None:
         """Count a row that is left out because of a problem in it."""
@@ -143,7 +156,7 @@ class DataReport:
             "found": self.found,
             "findings": [
                 {"kind": f.kind, "code": f.code, "message": f.message, "fix": f.fix, "count": f.count,
-                 "rows": [place(*row) for row in f.rows[:_KEPT_LISTED]]}
+                 "rows": [place(*row) for row in f.rows[:LISTED]]}
                 for f in self.findings.values()
             ],
         }  # fmt: skip

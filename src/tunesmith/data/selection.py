@@ -9,6 +9,7 @@ from typing import overload
 import numpy as np
 
 from tunesmith.data.learned import Learned
+from tunesmith.data.memory import RowsInMemory
 from tunesmith.data.store import TokenSet
 from tunesmith.types import Example, Source
 
@@ -122,7 +123,7 @@ class Blocks(Sequence[Example]):
         length: tokens of a block.
     """
 
-    def __init__(self, documents: Selection, length: int) -> None:
+    def __init__(self, documents: Selection | RowsInMemory, length: int) -> None:
         self.documents = documents
         self.length = length
         self._ends = documents.lengths.cumsum()
@@ -171,7 +172,7 @@ class Blocks(Sequence[Example]):
         return hashlib.sha256(f"{self.documents.fingerprint()} {self.length}".encode()).hexdigest()
 
 
-Examples = Selection | Blocks
+Examples = Selection | Blocks | RowsInMemory
 """What is trained or evaluated on."""
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
 from tunesmith.data.named import use_template
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
+from tunesmith.data.selection import Examples
+from tunesmith.data.streaming import ExampleStream, load_stream
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
 from tunesmith.model.adapter import count_parameters, save_finished, stop_at
@@ -67,8 +70,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     for sentence in no_effect(tokenizer, config.data.template_options):
         reporter.note(f"warning: {sentence}")
     report = DataReport()
-    train, held_out = load_examples(config, tokenizer, report)
-    for line in report.lines():
+    train, held_out = load_rows(config, tokenizer, report)
+    for line in report.found if isinstance(train, ExampleStream) else report.lines():
         reporter.note(f"data: {line}")
 
     set_seed(config.training.seed)
@@ -82,7 +85,9 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     base = load_base_model(source, torch.float32 if full else dtype, device)
     check_vocabulary(base, tokenizer)
     attention = base.config._attn_implementation
-    segments = prepare_flat(base, config.model, max(int(rows.lengths.max()) for rows in (train, held_out) if rows is not None))
+    longest = [int(rows.lengths.max()) for rows in (train, held_out) if not isinstance(rows, ExampleStream | None)]
+    longest += [config.data.cutoff_len] if config.data.streaming else []
+    segments = prepare_flat(base, config.model, max(longest))
     model = init_adapter(base, config.finetuning, model_path(source), earlier, config.model.resume_lora_training)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -111,6 +116,17 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     return TRAINERS[config.finetuning.stage](config.training, given), report
 
 
+def load_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport
+) -> tuple[Examples | ExampleStream, Examples | None]:
+    """(train, eval) rows of a configuration, stored or streamed.
+
+    Raises:
+        DataError, TemplateError: data or tokenizer cannot be used.
+    """
+    return (load_stream if config.data.streaming else load_examples)(config, tokenizer, report)
+
+
 def run(config: RunConfig, reporter: Reporter) -> Path:
     """Train as a configuration says. Returns the run folder.
 
@@ -136,11 +152,15 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
         },
     )
     dump_yaml(config, folder / CONFIG)
-    write_json(folder / DATA_REPORT, report.to_dict())
+    if checkpoint is None or not config.data.streaming:  # the account of a stream goes on where it was
+        write_json(folder / DATA_REPORT, report.to_dict())
     if checkpoint is None:
         (folder / SAMPLES).unlink(missing_ok=True)
         sample_answers(config, trainer, "before", folder / SAMPLES)
     trainer.train(checkpoint)
+    if trainer.loader.report is not None and trainer.loader.rows:
+        for line in trainer.loader.report.lines():
+            reporter.note(f"data: {line}")
     sample_answers(config, trainer, "after", folder / SAMPLES)
     _finish(config, trainer, folder)
     return folder
@@ -168,8 +188,8 @@ def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
         existing,
         {
             "steps": state.step,
-            "epochs": state.epoch + state.window / len(trainer.loader),
-            "train_rows": len(given.train_examples),
+            "epochs": trainer.loader.passes(state.epoch, state.window),
+            "train_rows": trainer.loader.rows,
             "eval_rows": len(given.eval_examples) if given.eval_examples is not None else 0,
             "best_eval_loss": state.best_metric,
             "best_step": state.best_step,

@@ -38,6 +38,7 @@ class TrainerState:
         step: updates done.
         epoch: the epoch of the next window.
         window: windows of that epoch already done.
+        data: what else the loader needs to go on there (see its ``place``).
         total_steps: planned updates.
         best_metric: lowest evaluation loss so far.
         best_step: the step at which it was seen.
@@ -49,6 +50,7 @@ class TrainerState:
     step: int = 0
     epoch: int = 0
     window: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
     best_metric: float | None = None
     best_step: int | None = None

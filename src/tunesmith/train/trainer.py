@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
 from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
-from tunesmith.data.loader import DataLoader
+from tunesmith.data.loader import DataLoader, StreamLoader, Window
 from tunesmith.data.selection import Examples
-from tunesmith.errors import CheckpointError, Interrupted
+from tunesmith.data.streaming import ExampleStream
+from tunesmith.errors import CheckpointError, DataError, Interrupted
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
 from tunesmith.train.checkpoint import (
@@ -35,10 +36,11 @@ from tunesmith.train.checkpoint import (
     save_state,
     verify,
     write_atomically,
+    write_json,
 )
 from tunesmith.train.optimizer import build_optimizer, build_schedule
 from tunesmith.train.progress import Reporter
-from tunesmith.train.runfolder import FINETUNING_ARGS
+from tunesmith.train.runfolder import DATA_REPORT, FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
 from tunesmith.train.step import StepResult, Updater
 from tunesmith.types import Batch, LossOutput
@@ -51,7 +53,7 @@ class Ingredients:
     Attributes:
         forward: the model, ready for flat batches; its trainable parameters are float32.
         tokenizer: saved with each checkpoint.
-        train_examples, eval_examples: tokenised rows.
+        train_examples, eval_examples: tokenised rows; those to train on may be a stream, which has an order of its own.
         device: where batches go.
         compute_dtype: of matrix products.
         run: the run folder.
@@ -65,7 +67,7 @@ class Ingredients:
 
     forward: FlatForward
     tokenizer: PreTrainedTokenizerBase
-    train_examples: Examples
+    train_examples: Examples | ExampleStream
     eval_examples: Examples | None
     device: torch.device
     compute_dtype: torch.dtype
@@ -89,15 +91,11 @@ class PeftTrainer:
         self.given = given
         self.model = given.forward.model
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.loader = DataLoader(
-            given.train_examples,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            seed,
-            given.shuffle,
-            given.capacity,
-        )
-        total = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * len(self.loader))
+        self.loader = self._build_loader(seed)
+        total = args.max_steps
+        if total < 0:
+            assert isinstance(self.loader, DataLoader), "rules ask for max_steps where rows are streamed"
+            total = ceil(args.num_train_epochs * len(self.loader))
         self.state = TrainerState(total_steps=total, inputs=self._inputs(seed))
         self.optimizer = build_optimizer(args, trainable_parameters(self.model))
         self.schedule = build_schedule(args, self.optimizer, total)
@@ -105,6 +103,13 @@ class PeftTrainer:
         self.scaler = torch.amp.GradScaler(given.device.type) if fp16 else None
         self.updater = Updater(self.optimizer, args.max_grad_norm, self.scaler)
         self._stop_signal: int | None = None
+
+    def _build_loader(self, seed: int) -> DataLoader | StreamLoader:
+        rows, args, given = self.given.train_examples, self.args, self.given
+        batch = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        if isinstance(rows, ExampleStream):
+            return StreamLoader(rows, *batch)
+        return DataLoader(rows, *batch, seed, given.shuffle, given.capacity, args.group_by_length)
 
     def _inputs(self, seed: int) -> dict[str, Any]:
         arguments = {**self.args.model_dump(mode="json"), **self.given.finetuning.model_dump(mode="json")}
@@ -149,6 +154,8 @@ class PeftTrainer:
         with contextlib.ExitStack() as stack:
             stack.callback(log.close)
             stack.callback(reporter.stop)
+            if self.state.step < self.state.total_steps:
+                stack.callback(self.write_account)
             stack.enter_context(self._signals())
             reporter.start(self.state.total_steps, self.state.step)
             if self.args.eval_on_start and self.state.step == 0 and self.given.eval_examples:
@@ -173,37 +180,42 @@ class PeftTrainer:
         state, began = self.state, time.monotonic()
         elapsed_before, steps_before = state.elapsed, state.step
         self.model.train()
-        for window in self._windows():
-            started = time.monotonic()
-            rate = self.optimizer.param_groups[0]["lr"]
-            result = self.training_step(window)
-            state.elapsed = elapsed_before + time.monotonic() - began
-            if state.step % self.args.logging_steps == 0 or state.step in (1, state.total_steps):
-                pace = (state.elapsed - elapsed_before) / (state.step - steps_before)
-                self._log_step(log, result, rate, time.monotonic() - started, pace)
-            self._after_step(log)
+        with contextlib.closing(self.loader.onward(state.epoch, state.window, state.data)) as windows:
+            while state.step < state.total_steps:
+                batches, ended = self._next(windows)
+                started = time.monotonic()
+                rate = self.optimizer.param_groups[0]["lr"]
+                result = self.training_step(batches)
+                state.epoch, state.window = (state.epoch + 1, 0) if ended else (state.epoch, state.window + 1)
+                state.elapsed = elapsed_before + time.monotonic() - began
+                if state.step % self.args.logging_steps == 0 or state.step in (1, state.total_steps):
+                    pace = (state.elapsed - elapsed_before) / (state.step - steps_before)
+                    self._log_step(log, result, rate, time.monotonic() - started, pace)
+                if ended and state.step < state.total_steps and isinstance(self.loader, StreamLoader):
+                    self.given.reporter.note(f"end of the stream after update {state.step}; it begins again, in another order")
+                self._after_step(log)
+
+    def _next(self, windows: Iterator[Window]) -> Window:
+        """The next window; if a stream breaks off, what has been learned is saved."""
+        try:
+            return next(windows)
+        except DataError:
+            if self.state.step and not checkpoint_path(self.given.run, self.state.step).is_dir():
+                folder = self.save_checkpoint()
+                self.given.reporter.note(f"the stream broke off after update {self.state.step}; {folder} was written")
+            raise
 
     def training_step(self, window: Sequence[Batch]) -> StepResult:
-        """One update on a window of micro-batches; advances the state."""
+        """One update on a window of micro-batches; counts it and its loss."""
         state = self.state
         on_device = [batch.to(self.given.device) for batch in window]
         result = self.updater.update(on_device, self.compute_loss, state.step + 1)
         if not result.skipped:
             self.schedule.step()
         state.step += 1
-        state.window += 1
-        if state.window == len(self.loader):
-            state.epoch, state.window = state.epoch + 1, 0
         state.loss_sum += result.loss_sum
         state.loss_count += result.count
         return result
-
-    def _windows(self) -> Iterator[list[Batch]]:
-        while self.state.step < self.state.total_steps:
-            for window in self.loader.windows(self.state.epoch, self.state.window):
-                yield window
-                if self.state.step >= self.state.total_steps:
-                    return
 
     def _after_step(self, log: RunLog) -> None:
         state, args = self.state, self.args
@@ -286,7 +298,7 @@ class PeftTrainer:
         entry = {
             "current_steps": state.step,
             "total_steps": state.total_steps,
-            "epoch": round(state.epoch + state.window / len(self.loader), 4),
+            "epoch": round(self.loader.passes(state.epoch, state.window), 4),
             "percentage": round(100 * state.step / state.total_steps, 2),
             "elapsed_time": _clock(state.elapsed),
             **values,
@@ -299,6 +311,8 @@ class PeftTrainer:
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of this step and delete what ``save_total_limit`` no longer allows."""
         folder = checkpoint_path(self.given.run, self.state.step)
+        self.state.data = self.loader.place()
+        self.write_account()
 
         def fill(scratch: Path) -> None:
             save_trainable(self.model, scratch)
@@ -310,6 +324,11 @@ class PeftTrainer:
         keep = {self.state.step} | ({self.state.best_step} if self.state.best_step is not None else set())
         prune(self.given.run, self.args.save_total_limit, keep)
         return folder
+
+    def write_account(self) -> None:
+        """Write what has become of the rows so far, where they are read while training goes on."""
+        if self.loader.report is not None:
+            write_json(self.given.run / DATA_REPORT, self.loader.report.to_dict())
 
     def _resume(self, folder: Path) -> None:
         saved = read_state(folder)["state"]
