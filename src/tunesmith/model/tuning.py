@@ -77,10 +77,9 @@ def _with_adapters(
         config = continued_config(goes_on, args)
     else:
         config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
-    config.base_model_name_or_path = base_name
     if (beneath or (stays and earlier)) and not (isinstance(config, LoraConfig) and joins(config)):
         raise ConfigError("checkpoint_dir: on top of an adapter only plain LoRA can be trained; export the adapter first")
-    tuned = adapted(model, config)
+    tuned = adapted(model, config, base_name)
     if stays:
         beneath += [stay(tuned, f"beneath{number}", folder) for number, folder in enumerate(earlier)]
     if goes_on is not None:
@@ -91,9 +90,9 @@ def _with_adapters(
     return tuned
 
 
-def adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def adapted(model: PreTrainedModel, config: PeftConfig, base_name: str) -> PeftModel:
     """The model with a new trainable adapter. Raises ConfigError when PEFT refuses."""
-    base_name = config.base_model_name_or_path
+    config.base_model_name_or_path = None  # it would warn of another name
     try:
         tuned = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
