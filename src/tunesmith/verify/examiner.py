@@ -54,7 +54,6 @@ class Examiner:
         try:
             turns, exact = self._examine(self._template, talk, self._bare is not None)
             if self._bare is not None:
-                self._examine(self._bare, talk, False)
                 differences = self._compare_with_marks(self._bare, talk)
         except TemplateError as error:
             return Judged("refused", str(error), number=number)
@@ -126,8 +125,12 @@ class Examiner:
 
     def _compare_with_marks(self, bare: ChatTemplate, talk: Talk) -> set[str]:
         """Compare with what is learned without the marks. Returns how the two differ, as far as they may."""
-        derived = bare.rendered(talk.messages, talk.tools)
-        marked = self._template.rendered(talk.messages, talk.tools)
+        try:
+            self._examine(bare, talk, False)
+            derived = bare.rendered(talk.messages, talk.tools)
+            marked = self._template.rendered(talk.messages, talk.tools)
+        except TemplateError:  # nothing to compare with: some turn is in no rendering of the whole
+            return set()
         library = self._library(bare, talk)
         differences: set[str] = set()
         for turn in derived.turns:

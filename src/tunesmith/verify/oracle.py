@@ -82,9 +82,9 @@ class TokenBytes:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
         self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
         self._byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
+        self._added = {i: self._plain(token.content).encode() for i, token in tokenizer.added_tokens_decoder.items()}
         self._blank_first = self._adds_blank("")
         self._blank_later = bool(self._added) and self._adds_blank(next(iter(tokenizer.added_tokens_decoder.values())).content)
 
@@ -98,7 +98,11 @@ class TokenBytes:
             return bytes(self._bytes[character] for character in name)
         if name.startswith("<0x") and len(name) == 6:
             return bytes([int(name[3:5], 16)])
-        return name.replace("\u2581", " ").encode()
+        return self._plain(name).encode()
+
+    def _plain(self, text: str) -> str:
+        """The text as far as the tokenizer tells characters apart: U+2581 in it may be a blank like any other."""
+        return text if self._byte_level else text.replace("\u2581", " ")
 
     def _adds_blank(self, before: str) -> bool:
         """Whether the tokenizer puts a blank of its own before a text that follows ``before``."""
@@ -117,10 +121,10 @@ class TokenBytes:
     def starts(self, text: str, ids: Sequence[int]) -> list[int] | None:
         """The character in which each token begins, and the length; None if the tokens do not spell the text."""
         pieces = self._pieces(ids)
-        spelled, wanted = b"".join(pieces), text.encode()
-        if spelled != wanted:
+        wanted = self._plain(text)
+        if b"".join(pieces) != wanted.encode():
             return None
-        ends = list(accumulate(len(character.encode()) for character in text))
+        ends = list(accumulate(len(character.encode()) for character in wanted))
         return [bisect_left(ends, position + 1) for position in accumulate(map(len, pieces), initial=0)]
 
 
