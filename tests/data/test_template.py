@@ -550,8 +550,8 @@ def test_a_turn_between_checked_ones_is_opened_as_its_sample_or_checked(template
     assert pieces(thinking.rendered(talk))[1:] == [f"</think>{text}<|im_end|>" for text in said[1:]]
 
 
-def test_what_opens_a_call_is_the_turns(template: ChatTemplate) -> None:
-    """A template that writes no header before a call: the call's own opening is learned."""
+def test_what_opens_a_call_or_a_thought_is_the_turns(template: ChatTemplate) -> None:
+    """A template that writes no header before a call or a thought: their own opening is learned."""
     source = (
         "{% for m in messages %}{% if m['tool_calls'] %}[CALL]{{ m['tool_calls'][0]['function']['name'] }}<|im_end|>"
         "{% elif m['role'] == 'user' %}U:{{ m['content'] }}{% else %}A:{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
@@ -559,3 +559,6 @@ def test_what_opens_a_call_is_the_turns(template: ChatTemplate) -> None:
     )
     calling = with_source(template, source)
     assert pieces(calling.rendered(CALLS[:2], (LOOK,))) == ["[CALL]look_up<|im_end|>"]
+    thinking = with_source(template, source.replace("m['tool_calls']", "m['thinking']").replace("[0]['function']['name']", ""))
+    thought = [CALLS[0], Message("assistant", "b", reasoning="why")]
+    assert pieces(thinking.rendered(thought)) == ["[CALL]why<|im_end|>"]

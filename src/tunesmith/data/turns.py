@@ -283,8 +283,9 @@ class TurnFinder:
             return len(prompt), True
         gap = self._text[before:first]
         place = self._start_in_gap(gap, self._opener(index), notes)
-        if place is None and prompt is not None and self._prefixes.messages[index].tool_calls:
-            leaves = common_length(self._text, prompt)  # what opens a call is the turn's, too
+        message = self._prefixes.messages[index]
+        if place is None and prompt is not None and (message.tool_calls or message.reasoning):
+            leaves = common_length(self._text, prompt)  # what opens a call or a thought is the turn's, too
             place = len(self._words.whole(self._text[before:leaves], gap)) if before <= leaves <= first else None
         return before + (len(gap) if place is None else place), False
 

@@ -23,6 +23,9 @@ MARKS_PROMPT = "the marks hold text that the prompt for a reply gives"
 MARKS_LATE = "the marks leave out how a turn begins, which the prompt for it does not give"
 MARKS_NO_END = "the marks leave out the end of a turn"
 
+_OPENING = 8
+"""Characters that a text before a turn and the prompt for it must have in common at their ends to be the same opening."""
+
 _MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
@@ -270,7 +273,7 @@ def _difference(turn: Span, marks: Sequence[Span], text: str, prompt: str, index
         found.add(MARKS_PROMPT)
     if text[last:end].strip():
         found.add(MARKS_NO_END)
-    if text[start:first].strip() and text.startswith(prompt) and len(prompt) == start:
+    if text[start:first].strip() and len(_common_end(prompt, text[:start])) >= _OPENING:
         found.add(MARKS_LATE)
         start = first
     gaps = [text[start:first], *(text[a:b] for (_, a), (b, _) in pairwise(marks)), text[end:last]]
