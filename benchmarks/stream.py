@@ -104,42 +104,37 @@ def ahead(file: Path) -> None:
 
     kinds: dict[str, Callable[[], object]] = {"waiting 20 ms": lambda: time.sleep(0.02), "1,500 small products": products}
     for name, work in kinds.items():
-        times: dict[str, list[float]] = {"in the loop": [], "by the thread": []}
-        for _ in range(2):
-            for how, seconds in times.items():
-                patch = (
-                    mock.patch("tunesmith.data.loader.made_ahead", in_the_loop)
-                    if how == "in the loop"
-                    else contextlib.nullcontext()
-                )
-                with patch:
-                    seconds.append(steps(loader_of(file), work))
-        base = timed(work)
-        for how, seconds in times.items():
-            print(
-                f"{name}, alone {base:5.1f} ms a step; buffers filled {how}: {1000 * statistics.median(seconds):5.1f} ms a step"
-            )
+        times: dict[str, list[float]] = {"alone": [], "buffers filled in the loop": [], "by the thread": []}
+        for _ in range(3):
+            times["alone"].append(timed(work))
+            with mock.patch("tunesmith.data.loader.made_ahead", in_the_loop):
+                times["buffers filled in the loop"].append(steps(loader_of(file), work))
+            times["by the thread"].append(steps(loader_of(file), work))
+        figures = (f"{how} {statistics.median(seconds):.1f} ms" for how, seconds in times.items())
+        print(f"{name}, a step: {', '.join(figures)}", flush=True)
 
 
 def timed(work: Callable[[], object]) -> float:
     """Milliseconds that work takes alone."""
     began = time.perf_counter()
-    for _ in range(50):
+    for _ in range(200):
         work()
-    return 20 * (time.perf_counter() - began)
+    return 5 * (time.perf_counter() - began)
 
 
-def steps(loader: StreamLoader, work: Callable[[], object], count: int = 1100) -> float:
-    """Seconds for each step after the first buffer is there."""
+def steps(loader: StreamLoader, work: Callable[[], object]) -> float:
+    """Milliseconds a step over two buffers of 512 steps, from the middle of one on, when the next is ready."""
     windows = loader.onward(0, 0, {})
-    next(windows)
-    began = time.perf_counter()
-    for _ in range(count):
+    for _ in range(256):
         next(windows)
         work()
-    seconds = (time.perf_counter() - began) / count
+    began = time.perf_counter()
+    for _ in range(1024):
+        next(windows)
+        work()
+    seconds = time.perf_counter() - began
     windows.close()
-    return seconds
+    return 1000 * seconds / 1024
 
 
 @contextlib.contextmanager
