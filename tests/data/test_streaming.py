@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import threading
 import time
@@ -7,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from transformers import AutoTokenizer
 
 from tests.conftest import make_rows, write_dataset
@@ -117,6 +123,34 @@ def test_every_place_leads_on_to_the_same_rows(configure: Any, two_sets: str, co
         loader = StreamLoader(stream_of(config), 2, 2)
         epoch = sum(end <= index for end in ends)
         assert list(follow(loader, 4, epoch, whole[index][2])) == whole[index + 1 : index + 5]
+
+
+@pytest.mark.parametrize("kind", [".csv.gz", ".parquet", ".json.zst", "folder"])
+def test_every_kind_of_source_is_streamed_and_found_again(configure: Any, dataset: Path, kind: str) -> None:
+    rows = make_rows(30, 3)
+    path = dataset / f"other{kind.removeprefix('folder')}"
+    if kind == ".csv.gz":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        path.write_bytes(gzip.compress(text.getvalue().encode()))
+    elif kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=8)
+    elif kind == ".json.zst":
+        path.write_bytes(zstandard.compress(json.dumps(rows).encode()))
+    else:
+        path.mkdir()
+        for part in range(3):
+            lines = [json.dumps(row) + "\n" for row in rows[10 * part : 10 * part + 10]]
+            (path / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    config = configure(dataset=str(path))
+    assert sorted(streamed(stream_of(config))) == sorted(stored(configure(dataset=str(path), streaming=False)))
+    whole = list(follow(StreamLoader(stream_of(config), 4), 12))
+    for index in (2, 5, 8):
+        epoch = sum(ended for _, ended, _ in whole[: index + 1])
+        loader = StreamLoader(stream_of(config), 4)
+        assert list(follow(loader, 3, epoch, whole[index][2])) == whole[index + 1 : index + 4]
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "two sets", "blocks"])
