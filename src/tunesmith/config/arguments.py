@@ -77,6 +77,12 @@ class ModelArguments(Arguments):
     )
     quantization_type: Literal["nf4", "fp4"] = Field("nf4", description="Numbers of the 4-bit format (arXiv 2305.14314).")
     double_quantization: bool = Field(True, description="Quantise the scales of the 4-bit format too.")
+    upcast_layernorm: bool | None = Field(
+        None, description="Hold the weights of normalisations in fp32. Unset: where the base is quantised."
+    )
+    layer_norm_names: NameList = Field(
+        ("norm", "ln_f", "ln_attn", "ln_mlp", "ln_1", "ln_2"), description="Parts of the names of such weights."
+    )
     checkpoint_dir: NameList = Field(
         (),
         description="Folders to go on from, in order: finished runs or their checkpoints (adapters, trained weights), or first "

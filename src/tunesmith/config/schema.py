@@ -32,7 +32,7 @@ def json_schema() -> dict[str, Any]:
         schema = cls.model_json_schema()
         properties.update(schema["properties"])
         required.extend(schema.get("required", []))
-    for name in ("dataset", "eval_dataset", "lora_target", "interleave_probs"):
+    for name in [name for name, schema in properties.items() if schema.get("type") == "array"]:  # commas will do, too
         listed = dict(properties[name])
         description, default = listed.pop("description"), listed.pop("default")
         properties[name] = {"anyOf": [listed, {"type": "string"}], "description": description, "default": default}

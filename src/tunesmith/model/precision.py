@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -39,3 +40,33 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def norms_to_float(model: torch.nn.Module, names: Sequence[str]) -> int:
+    """Hold the weights of normalisations in fp32; what they give keeps the dtype of what they are given.
+
+    Args:
+        model: whose parameters of one dimension are looked at.
+        names: parts of the names of those that are meant.
+
+    Returns:
+        How many parameters are in fp32 now that were not.
+    """
+    count = 0
+    for module_name, module in model.named_modules():
+        changed = False
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 1 and parameter.dtype != torch.float32 and _is_named(f"{module_name}.{name}", names):
+                parameter.data = parameter.data.float()
+                changed, count = True, count + 1
+        if changed:
+            module.register_forward_hook(_in_the_dtype_of_the_input)
+    return count
+
+
+def _is_named(name: str, parts: Sequence[str]) -> bool:
+    return any(part in name for part in parts)
+
+
+def _in_the_dtype_of_the_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(inputs[0].dtype)

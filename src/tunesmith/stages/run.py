@@ -24,7 +24,8 @@ from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import ancestors
 from tunesmith.model.load import check_vocabulary, load_base_model, prepare_flat
-from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
+from tunesmith.model.quantize import is_quantised
 from tunesmith.model.tokenizer import load_tokenizer, model_path
 from tunesmith.model.tuning import init_adapter
 from tunesmith.stages.pretrain import PretrainPeftTrainer
@@ -84,6 +85,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         source = source.model_copy(update={"model_name_or_path": str(earlier[0].path)})
     base = load_base_model(source, torch.float32 if full else dtype, device)
     check_vocabulary(base, tokenizer)
+    if config.model.upcast_layernorm or (config.model.upcast_layernorm is None and is_quantised(base)):
+        norms_to_float(base, config.model.layer_norm_names)
     attention = base.config._attn_implementation
     longest = [int(rows.lengths.max()) for rows in (train, held_out) if not isinstance(rows, ExampleStream | None)]
     longest += [config.data.cutoff_len] if config.data.streaming else []
