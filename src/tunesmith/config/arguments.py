@@ -248,7 +248,7 @@ class FinetuningArguments(Arguments):
     lora_target: NameList = Field(
         ("all",),
         description="Layers to adapt, by name (q_proj), or one regular expression for full names; all: every linear layer of "
-        "the text model but the output head.",
+        "the text model, experts among them, but the output head.",
     )
     additional_target: NameList = Field(
         (), description="Modules trained whole beside the adapters and saved with them, e.g. embed_tokens, lm_head."

@@ -169,7 +169,7 @@ def stay(tuned: PeftModel, name: str, folder: Path) -> Factors:
 
 def joins(config: LoraConfig) -> bool:
     """Whether an adapter is nothing but low-rank products, so that it can be joined with others."""
-    return not config.use_dora and not config.modules_to_save
+    return not config.use_dora and not config.modules_to_save and not config.target_parameters
 
 
 def factors_of(tuned: PeftModel, adapter: str, folder: Path) -> Factors:

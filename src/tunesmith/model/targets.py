@@ -30,6 +30,13 @@ def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module
             yield name, module
 
 
+def expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Weights that experts share one parameter for, ``[experts, out, in]``, as PEFT names them; none in a dense model."""
+    inside = {id(parameter) for parameter in _decoder(model).parameters()}
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and id(parameter) in inside]
+    return sorted({".".join(name.split(".")[-3:]) for name in names if not name.endswith(".weight")})
+
+
 def _decoder(model: PreTrainedModel) -> torch.nn.Module:
     """The part that reads text; the whole model where the library does not tell it."""
     try:

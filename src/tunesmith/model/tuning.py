@@ -19,7 +19,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import Factors, load_adapter_weights, own_factors, set_beneath
 from tunesmith.model.lineage import Ancestor, continued_config, joins, merge, put_weights, stay
 from tunesmith.model.quantize import is_quantised
-from tunesmith.model.targets import check_modules, resolve_targets, trainable_in_layers
+from tunesmith.model.targets import check_modules, expert_parameters, resolve_targets, trainable_in_layers
 
 
 def init_adapter(
@@ -115,6 +115,10 @@ def _thaw(model: PreTrainedModel, args: FinetuningArguments) -> PreTrainedModel:
 
 def lora_config(model: PreTrainedModel, args: FinetuningArguments) -> LoraConfig:
     """PEFT's configuration of the LoRA adapter that is asked for. Raises ConfigError for layers that do not exist."""
+    experts = expert_parameters(model) if args.lora_target == ("all",) else []
+    for key in ("lora_dropout", "use_dora", "pissa_init"):
+        if experts and getattr(args, key):
+            raise ConfigError(f"{key}: the weights of experts cannot be adapted so; unset it, or name layers in lora_target")
     initial: Any = True
     if args.pissa_init:
         initial = "pissa" if args.pissa_iter < 0 else f"pissa_niter_{args.pissa_iter}"
@@ -124,6 +128,7 @@ def lora_config(model: PreTrainedModel, args: FinetuningArguments) -> LoraConfig
         lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,
         lora_dropout=args.lora_dropout,
         target_modules=resolve_targets(model, args.lora_target),
+        target_parameters=experts or None,
         modules_to_save=check_modules(model, args.additional_target, "additional_target") or None,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
