@@ -126,12 +126,13 @@ def test_real_sets_add_up(settings: dict[str, Any], write_config: Any, name: str
 
 
 def test_rows_can_be_read_as_what_other_stages_take(settings: dict[str, Any], write_config: Any) -> None:
-    rows = [{"prompt": "the", "chosen": f"cat {i}", "rejected": "mat"} for i in range(6)]
+    rows = [{"prompt": "the", "chosen": f"cat {i}", "rejected": "cat 5" if i == 5 else "mat"} for i in range(6)]
     entry = {"ranking": True, "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}}
     write_dataset(Path(settings["dataset_dir"]), [*rows, rows[0], {**rows[1], "rejected": " "}], "pairs", **entry)
     config = write_config({**settings, "dataset": "pairs"})
     value = json.loads(tunesmith("check", config, "--as", "pair", "--json", check=False).stdout)
     assert value["counts"]["pairs"] == {"read": 8, "kept": 7, "dropped": 1, "truncated": 0, "duplicate": 1}
     assert [(e["code"], e["line"]) for e in value["errors"]] == [("empty-answer", 8)]
+    assert ("equal-answers", 6) in [(e["code"], e["line"]) for e in value["warnings"]]
     assert value["plan"]["train_examples"] == 7
     assert "preference pairs" in tunesmith("check", config, check=False).stdout

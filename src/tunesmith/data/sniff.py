@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data.values import verdict
 from tunesmith.errors import DataError
 
 Target = Literal["conversation", "document", "pair", "feedback", "prompt"]
@@ -159,8 +160,8 @@ def _find_prompt(rows: _Rows) -> _Found | None:
 
 def _find_feedback(rows: _Rows) -> _Found | None:
     found = _find_conversation(rows)
-    verdict = next((name for name in _VERDICTS if any(row.get(name) in (True, False) for row in rows)), None)
-    return None if found is None or verdict is None else {**found, "kto_tag_column": verdict}
+    label = next((name for name in _VERDICTS if any(verdict(row.get(name)) is not None for row in rows)), None)
+    return None if found is None or label is None else {**found, "kto_tag_column": label}
 
 
 def _find_pair(rows: _Rows) -> _Found | None:
