@@ -75,6 +75,9 @@ def test_duplicates_and_leaks_are_named(settings: dict[str, Any], write_config: 
     result = checked(write_config({**settings, "dataset": "train", "eval_dataset": "test", "eval_strategy": "epoch"}))
     assert [(w["code"], w["line"]) for w in result["warnings"]] == [("duplicate", 7), ("leak", 1)]
     assert result["counts"]["train"]["duplicate"] == 1
+    result = checked(write_config({**settings, "dataset": "test", "eval_dataset": "test", "eval_strategy": "epoch"}))
+    assert [(w["code"], w["line"]) for w in result["warnings"]] == [("leak", line) for line in (1, 2, 3)]
+    assert {name: counts["duplicate"] for name, counts in result["counts"].items()} == {"test": 0, "test (evaluation)": 3}
 
 
 def test_configuration_errors_have_their_lines(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -96,6 +99,9 @@ def test_lengths_and_cuts_for_a_person(settings: dict[str, Any], write_config: A
     assert "tokens: " in done.stdout
     assert "plan: " in done.stdout
     assert png.read_bytes()[:4] == b"\x89PNG"
+    done = tunesmith("check", write_config(settings), "--png", tmp_path / "none" / "lengths.png", check=False)
+    assert done.returncode == 2
+    assert "error: --png" in done.stderr
 
 
 def test_text_is_checked_too(settings: dict[str, Any], write_config: Any) -> None:
