@@ -75,6 +75,9 @@ def test_duplicates_and_leaks_are_named(settings: dict[str, Any], write_config: 
     result = checked(write_config({**settings, "dataset": "train", "eval_dataset": "test", "eval_strategy": "epoch"}))
     assert [(w["code"], w["line"]) for w in result["warnings"]] == [("duplicate", 7), ("leak", 1)]
     assert result["counts"]["train"]["duplicate"] == 1
+    result = checked(write_config({**settings, "dataset": "test", "eval_dataset": "test", "eval_strategy": "epoch"}))
+    assert [(w["code"], w["line"]) for w in result["warnings"]] == [("leak", line) for line in (1, 2, 3)]
+    assert {name: counts["duplicate"] for name, counts in result["counts"].items()} == {"test": 0, "test (evaluation)": 3}
 
 
 def test_configuration_errors_have_their_lines(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -96,6 +99,9 @@ def test_lengths_and_cuts_for_a_person(settings: dict[str, Any], write_config: A
     assert "tokens: " in done.stdout
     assert "plan: " in done.stdout
     assert png.read_bytes()[:4] == b"\x89PNG"
+    done = tunesmith("check", write_config(settings), "--png", tmp_path / "none" / "lengths.png", check=False)
+    assert done.returncode == 2
+    assert "error: --png" in done.stderr
 
 
 def test_text_is_checked_too(settings: dict[str, Any], write_config: Any) -> None:
@@ -126,12 +132,13 @@ def test_real_sets_add_up(settings: dict[str, Any], write_config: Any, name: str
 
 
 def test_rows_can_be_read_as_what_other_stages_take(settings: dict[str, Any], write_config: Any) -> None:
-    rows = [{"prompt": "the", "chosen": f"cat {i}", "rejected": "mat"} for i in range(6)]
+    rows = [{"prompt": "the", "chosen": f"cat {i}", "rejected": "cat 5" if i == 5 else "mat"} for i in range(6)]
     entry = {"ranking": True, "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}}
     write_dataset(Path(settings["dataset_dir"]), [*rows, rows[0], {**rows[1], "rejected": " "}], "pairs", **entry)
     config = write_config({**settings, "dataset": "pairs"})
     value = json.loads(tunesmith("check", config, "--as", "pair", "--json", check=False).stdout)
     assert value["counts"]["pairs"] == {"read": 8, "kept": 7, "dropped": 1, "truncated": 0, "duplicate": 1}
     assert [(e["code"], e["line"]) for e in value["errors"]] == [("empty-answer", 8)]
+    assert ("equal-answers", 6) in [(e["code"], e["line"]) for e in value["warnings"]]
     assert value["plan"]["train_examples"] == 7
     assert "preference pairs" in tunesmith("check", config, check=False).stdout

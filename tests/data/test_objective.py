@@ -225,7 +225,7 @@ def test_a_template_without_the_switch_changes_nothing_and_says_so(
     assert f"warning: {said}" in tunesmith("train", config).stdout
     assert said in tunesmith("preview", config).stdout
     tunesmith("chat", settings["output_dir"], "--prompt", "a", "max_new_tokens=1")
-    assert caplog.messages == [said]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("tunesmith")] == [said]
 
 
 # ---- through the command line
@@ -291,6 +291,7 @@ def test_preview_shows_each_key_and_resuming_with_another_is_refused(switched: d
     certified = tunesmith("preview", config, "--row", 1, "train_on_prompt=true").stdout
     assert re.search(r"learned: message 3 at .*; message 5 at .*; all text outside the assistant's turns", certified)
     assert "nothing else" in tunesmith("preview", config, "--row", 1).stdout
+    assert "uses no data set 'other'" in tunesmith("preview", config, "--row", "other:1", check=False).stderr
     tunesmith("train", config)
     for key in ("mask_history=true", "train_on_prompt=true"):
         done = tunesmith("train", config, "max_steps=3", "resume_from_checkpoint=auto", key, check=False)

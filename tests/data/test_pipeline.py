@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.normalizers import Replace
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.conftest import SHARED, make_rows, tunesmith, write_dataset
@@ -23,6 +24,7 @@ from tunesmith.data.objective import Objective
 from tunesmith.data.pipeline import Place, Recipe, tokenised
 from tunesmith.data.prepare import make_recipe
 from tunesmith.data.store import TokenSet, partial
+from tunesmith.data.tokenize import LOST
 from tunesmith.errors import DataError, TemplateError
 
 DIALOGUES = Recipe("conversation", 512, "keep_end", None, {"name": None, "author": None}, None)
@@ -264,3 +266,31 @@ def test_the_recipe_is_made_of_the_settings() -> None:
     recipe = make_recipe(DataArguments(cutoff_len=9, truncation="drop", identity_name="M"), "conversation")
     assert recipe == Recipe("conversation", 9, "drop", None, {"name": "M", "author": None}, None)
     assert partial(Path("a/b")) == Path("a/b.partial")
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_a_whole_store_needs_none(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_dataset(tmp_path / "data", make_rows(5))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file.*cannot be written.*tokenized_path"):
+        tokenised(attr(), str(folder), None, DIALOGUES, tokenizer, Place(tmp_path / "file"))
+    place = Place(tmp_path / "cache")
+    made = tokenised(attr(), str(folder), None, DIALOGUES, tokenizer, place)
+    monkeypatch.setattr(pipeline, "alone", lambda _: pytest.fail("locked, so written to"))
+    assert content(tokenised(attr(), str(folder), None, DIALOGUES, tokenizer, place)) == content(made)
+
+
+@pytest.mark.parametrize("recipe", [DIALOGUES, TEXTS])
+def test_text_that_the_tokenizer_cannot_say_is_remarked_on(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, recipe: Recipe
+) -> None:
+    said = [{"instruction": text, "output": "sat"} for text in ("the cat", "the 喵")]
+    folder = write_dataset(tmp_path / "data", said)
+    declared = attr(formatting="text", prompt_column="instruction") if recipe is TEXTS else attr()
+    lossless = tokenised(declared, str(folder), None, recipe, tokenizer, Place(tmp_path / "cache"))
+    assert not lossless.progress.report.of("note")
+    tokenizer.backend_tokenizer.normalizer = Replace("喵", "")
+    lossy = tokenised(declared, str(folder), None, recipe, tokenizer, Place(tmp_path / "cache"))
+    (finding,) = lossy.progress.report.of("note")
+    assert (finding.message, [source.row for source, _ in finding.rows]) == (LOST, [2])

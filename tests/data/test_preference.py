@@ -94,12 +94,12 @@ def test_two_answers_in_one_column() -> None:
             convert_pair({"instruction": "q", "output": value}, attr, SOURCE)
 
 
-@pytest.mark.parametrize("verdict", [True, False, 1, 0])
+@pytest.mark.parametrize("verdict", [True, False, 1, 0, "true", "False", "1", "0"])
 def test_feedback(verdict: Any) -> None:
     for row in ({"messages": [USER, GOOD], "label": verdict}, {"prompt": "q", "completion": "good", "label": verdict},
                 {"prompt": [USER], "completion": [GOOD], "label": verdict}):  # fmt: skip
         made = convert_feedback(row, found(row, "feedback"), SOURCE)
-        assert (made.messages, made.desirable) == ((Q, A), bool(verdict))
+        assert (made.messages, made.desirable) == ((Q, A), verdict in (True, "true", "1"))
 
 
 @pytest.mark.parametrize("verdict", ["yes", None, 2, 0.5, []])

@@ -58,6 +58,9 @@ def test_unknown_layouts_name_the_columns(row: dict[str, Any]) -> None:
 def test_plain_text_in_sft_names_the_stage() -> None:
     with pytest.raises(DataError, match="plain text, which stage pt takes"):
         settle(AUTO, [{"text": "long"}], "conversation")
+    declared = DatasetAttr(dataset_name="d", prompt_column="text", response_column=None)
+    with pytest.raises(DataError, match="'d' declares formatting alpaca, but the rows are plain text, which stage pt takes"):
+        settle(declared, [{"text": "long"}], "conversation")
     attr, _ = settle(AUTO, [{"text": "long"}], "document")
     assert attr.prompt_column == "text"
 

@@ -33,7 +33,8 @@ _PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")
 _BINS = 20
 _WARNED = 100
 """Rows listed for one warning; errors are all listed."""
-_Seen = dict[int, tuple[Selection, int]]
+_Seen = dict[int, tuple[Selection, int, bool]]
+"""Hash of a row -> where it was first: the set, its number there, and whether that is held out."""
 
 
 @dataclass
@@ -163,7 +164,7 @@ def _look_at_set(
         duplicates = _repeated(rows, checked, seen, held_out)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
-    _count(name, report, checked, duplicates)
+    _count(f"{name} (evaluation)" if held_out and name in config.data.dataset else name, report, checked, duplicates)
     return rows
 
 
@@ -227,12 +228,12 @@ def _repeated(rows: Selection, checked: Checked, seen: _Seen, held_out: bool) ->
     """Count rows that hold the same tokens as an earlier one, and name the first of them."""
     count = 0
     for value, index in _fingerprints(rows):
-        earlier, first = seen.setdefault(value, (rows, index))
-        if (earlier is rows and first == index) or (same := earlier.source(first)) == rows.source(index):
+        earlier, first, was_held_out = seen.setdefault(value, (rows, index, held_out))
+        leak, same = held_out and not was_held_out, earlier.source(first)
+        if (earlier is rows and first == index) or (same == rows.source(index) and not leak):  # a set may be listed twice
             continue
         count += 1
         if count <= _WARNED:
-            leak = held_out and same.dataset != rows.source(index).dataset
             code, what = ("leak", "also trained on") if leak else ("duplicate", "the same")
             fix = "Leave one of the two out."
             checked.warnings.append(_entry(code, f"{what}: {same}", rows.source(index), fix=fix))

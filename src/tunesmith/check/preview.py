@@ -86,7 +86,7 @@ def preview_rows(
         target: what rows are read as; what the stage needs if None.
 
     Raises:
-        ConfigError: not a row number.
+        ConfigError: not a row number, or of a data set that the run does not use.
         DataError: no such data set or row.
     """
     wanted = [_parse(row, config) for row in rows]
@@ -112,7 +112,10 @@ def _parse(row: str, config: RunConfig) -> tuple[str, int]:
     name, _, number = row.rpartition(":")
     if not number.isdecimal() or int(number) == 0:
         raise ConfigError(f"--row {row}: expected the number of a row, counted from 1, or NAME:NUMBER")
-    return name or config.data.dataset[0], int(number)
+    used = (*config.data.dataset, *config.data.eval_dataset)
+    if name and name not in used:
+        raise ConfigError(f"--row {row}: the run uses no data set {name!r}; it uses {', '.join(used)}")
+    return name or used[0], int(number)
 
 
 def _examples(row: Inspected) -> list[Any]:

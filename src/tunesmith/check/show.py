@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.check.data_check import Checked
+from tunesmith.errors import DataError
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _LISTED = 10
@@ -62,7 +63,7 @@ def _histogram(lengths: dict[str, Any]) -> Iterator[str]:
 
 
 def plot_lengths(checked: Checked, target: Path) -> None:
-    """Draw the histogram of token lengths as a PNG."""
+    """Draw the histogram of token lengths as a PNG. Raises DataError when the file cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,5 +80,9 @@ def plot_lengths(checked: Checked, target: Path) -> None:
     axes.set_title("token lengths")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(target, dpi=120, format="png")
+    except OSError as error:
+        raise DataError(f"--png {target}: cannot be written: {error.strerror}; choose a file in a folder that exists") from None
+    finally:
+        plt.close(figure)

@@ -15,8 +15,6 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn under which data keep what was thought before the answer."""
 WEIGHT_KEYS = ("loss", "weight", "loss_weight")
 """Keys of a turn that say how much it is learned."""
-OTHER_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
-"""Further keys of a turn that are understood."""
 OPENAI_ROLES: Mapping[str, Role] = {
     "system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool",
     "function": "tool",

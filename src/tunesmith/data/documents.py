@@ -9,7 +9,7 @@ import numpy as np
 
 from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport
-from tunesmith.data.tokenize import Job, Text, TextEncoder, Tokens
+from tunesmith.data.tokenize import LOST, Job, Text, TextEncoder, Tokens
 from tunesmith.errors import TemplateError
 from tunesmith.types import Document
 
@@ -50,6 +50,8 @@ class DocumentMaker:
         """The tokens of each document, nothing marked as learned: blocks decide that."""
         made = []
         for document, own in zip(rendered, tokens, strict=True):
+            if own.lost:
+                report.add("note", "lost-text", LOST, document.source)
             made.append(Learned(np.concatenate([self._opening, own.ids, self._end]), (), document.source))
         report.kept += len(made)
         return made

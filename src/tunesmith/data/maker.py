@@ -15,7 +15,7 @@ from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, Kind
 from tunesmith.data.template import ChatTemplate, Rendered
 from tunesmith.data.thinking import LEFT_OUT, is_off, without_reasoning
-from tunesmith.data.tokenize import Job, Text, TextEncoder, Tokens
+from tunesmith.data.tokenize import LOST, Job, Text, TextEncoder, Tokens
 from tunesmith.data.truncate import Truncation
 from tunesmith.errors import TemplateError
 from tunesmith.types import Message, Source
@@ -142,6 +142,7 @@ class DialogueMaker(ABC, Generic[T]):
         if len(views) > self.renderings:
             remarks.append(_SEVERAL)
         for made in tokens:
+            remarks += [LOST] * made.lost
             if made.joined or made.guarded:
                 learned = self.learns_prompt and made is tokens[-1]  # such a token begins in the prompt
                 remarks += [_JOINED] * (made.joined and not learned) + [_GUARDED] * made.guarded
@@ -153,10 +154,9 @@ class DialogueMaker(ABC, Generic[T]):
     def _shorten(self, row: T, made: list[Learned], report: DataReport) -> list[Learned]:
         """What is learned of a row of which some rendering is too long; the row is counted as cut or as left out."""
         limit, truncation = self.limits
-        longest = max(len(one.ids) for one in made)
         if truncation in ("error", "drop"):
             kind: Kind = "uncertified" if truncation == "error" else "dropped"
-            fix = f"Raise cutoff_len to {longest}, or choose another truncation." if kind == "uncertified" else ""
+            fix = "Raise cutoff_len, shorten the row, or choose another truncation." if kind == "uncertified" else ""
             report.add(kind, "too-long", f"longer than cutoff_len {limit}", row.source, fix)
             return []
         if truncation == "keep_end":

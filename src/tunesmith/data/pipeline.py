@@ -20,8 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from filelock import FileLock
-
 from tunesmith.config.arguments import DatasetAttr
 from tunesmith.data.collector import collector_paused
 from tunesmith.data.convert import alternates, convert_document, convert_row
@@ -37,7 +35,7 @@ from tunesmith.data.prompts import PromptMaker
 from tunesmith.data.report import DataReport, Policy
 from tunesmith.data.sniff import Target
 from tunesmith.data.source import RawRow, data_files, file_sha, read_rows
-from tunesmith.data.store import StoreWriter, TokenSet, partial
+from tunesmith.data.store import StoreWriter, TokenSet, alone, partial
 from tunesmith.data.supervised import ConversationMaker
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Encodings, Job, TextEncoder
@@ -54,6 +52,7 @@ _AHEAD = 2
 _PATIENCE = 20_000
 """Rows that are looked at before rows that end the run end it; smaller sets are looked at whole."""
 _OUT_OF_TURN = "user and assistant do not speak by turns, the user first; learned as the template shows it"
+_EQUAL = "both answers are the same, so there is nothing to prefer"
 _DECLARED = ("query_column", "history_column", "system_column", "tools_column")
 
 
@@ -134,10 +133,10 @@ def tokenised(
     chunks = ChunkMaker(attr, recipe, tokenizer)
     key = _key(attr, dataset_dir, limit, chunks)
     target = place.folder / key
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.folder / f".{key}.lock"):
-        if place.overwrite or not target.is_dir():
-            _write(target, chunks, attr, dataset_dir, limit, place)
+    if place.overwrite or not target.is_dir():  # a whole store is read without the lock, so its folder may be read-only
+        with alone(target):
+            if place.overwrite or not target.is_dir():
+                _write(target, chunks, attr, dataset_dir, limit, place)
     return TokenSet(target, attr.dataset_name)
 
 
@@ -328,6 +327,8 @@ def convert_rows(rows: Iterable[RawRow], attr: DatasetAttr, recipe: Recipe, repo
         messages = messages_of(converted)
         if not alternates(messages):
             report.add("note", "out-of-turn", _OUT_OF_TURN, source)
+        if isinstance(converted, PreferencePair) and converted.chosen == converted.rejected:
+            report.add("note", "equal-answers", _EQUAL, source, "Leave the row out.")
         for key in unset:
             if any(f"{{{{{key}}}}}" in m.content for m in messages):
                 message = f"holds {{{{{key}}}}}, but identity_{key} is not set"

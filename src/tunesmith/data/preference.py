@@ -20,7 +20,7 @@ from tunesmith.data.convert import (
     with_placeholders,
 )
 from tunesmith.data.problem import RowProblem
-from tunesmith.data.values import text, type_name
+from tunesmith.data.values import text, type_name, verdict
 from tunesmith.types import Feedback, Message, PreferencePair, Prompt, Source
 
 _SIDES = ("the better answer", "the worse answer")
@@ -102,9 +102,10 @@ def convert_feedback(
     Args, raises: as ``convert_row``.
     """
     name = required(attr.kto_tag_column, "kto_tag", attr, source)
-    verdict = column(row, name, "verdict", source)
-    if not isinstance(verdict, bool) and verdict not in (0, 1):
-        found = repr(verdict) if isinstance(verdict, (int, float)) else type_name(verdict)
+    value = column(row, name, "verdict", source)
+    good = verdict(value)
+    if good is None:
+        found = repr(value) if isinstance(value, (int, float)) else type_name(value)
         fix = "Write true (good) or false (bad)."
         raise RowProblem("bad-label", f"column {name!r} is {found}, expected true or false", fix)
     dialogue = convert_row(row, attr, source, default_system, placeholders)
@@ -113,7 +114,7 @@ def convert_feedback(
         found = f"by the {last.role}" if last.role != "assistant" else "of weight 0"
         message = f"the last turn is {found}; the verdict is on an answer by the assistant"
         raise RowProblem("no-answer", message, "End the row with the answer that was judged.")
-    return Feedback(dialogue.messages, bool(verdict), source, dialogue.tools)
+    return Feedback(dialogue.messages, good, source, dialogue.tools)
 
 
 def convert_prompt(

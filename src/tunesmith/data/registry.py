@@ -185,6 +185,8 @@ def _not_found(name: str, path: Path, registry: Mapping[str, Any] | None, is_pat
         close = difflib.get_close_matches(name, registry, n=1)
         listed = f"it lists: {', '.join(sorted(registry)[:12])}" if registry else "it is empty"
         other = f", and {path} has no such entry; " + (f"did you mean {close[0]!r}?" if close else listed)
+    if not is_path and Path(name).is_dir():
+        other += f"; to read the folder of that name, write ./{name}"
     return f"data set {name!r}: {'no such file or folder' if is_path else 'no path, no hub name'}{other}"
 
 

@@ -109,7 +109,8 @@ class DataReport:
     def problem(self, problem: RowProblem, source: Source) -> None:
         """Count a row that is left out because of a problem in it."""
         kind: Kind = "unreadable" if problem.unreadable else "dropped"
-        self.add(kind, problem.code, problem.message, source, problem.fix, problem.column)
+        fix = problem.fix[:1].upper() + problem.fix[1:]
+        self.add(kind, problem.code, problem.message, source, fix, problem.column)
 
     def of(self, *kinds: Kind) -> list[Finding]:
         """Findings of these kinds, the commonest first."""

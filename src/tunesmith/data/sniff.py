@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data.values import verdict
 from tunesmith.errors import DataError
 
 Target = Literal["conversation", "document", "pair", "feedback", "prompt"]
@@ -63,11 +64,13 @@ def settle(attr: DatasetAttr, rows: _Rows, target: Target) -> tuple[DatasetAttr,
         changed = attr.model_copy(update={**_UNSET, **found})
         return changed, f"{attr.dataset_name}: {_sentence(found, target)}{ignored}"
     _check_kind(attr, target)
-    if not _declared_fits(attr, rows, target) and found is not None:
-        raise DataError(
-            f"data set {attr.dataset_name!r} declares formatting {attr.formatting}, but its rows look like "
-            f"{_sentence(found, target)}. The entry that fits: {json.dumps(_entry(attr, found))}"
-        )
+    if not _declared_fits(attr, rows, target):
+        declares = f"data set {attr.dataset_name!r} declares formatting {attr.formatting}, but"
+        if found is not None:
+            fitting = json.dumps(_entry(attr, found))
+            raise DataError(f"{declares} its rows look like {_sentence(found, target)}. The entry that fits: {fitting}")
+        if other := _of_another_kind(rows, target):
+            raise DataError(f"{declares} {other}")
     return attr, ""
 
 
@@ -159,8 +162,8 @@ def _find_prompt(rows: _Rows) -> _Found | None:
 
 def _find_feedback(rows: _Rows) -> _Found | None:
     found = _find_conversation(rows)
-    verdict = next((name for name in _VERDICTS if any(row.get(name) in (True, False) for row in rows)), None)
-    return None if found is None or verdict is None else {**found, "kto_tag_column": verdict}
+    label = next((name for name in _VERDICTS if any(verdict(row.get(name)) is not None for row in rows)), None)
+    return None if found is None or label is None else {**found, "kto_tag_column": label}
 
 
 def _find_pair(rows: _Rows) -> _Found | None:
@@ -264,10 +267,18 @@ def _entry(attr: DatasetAttr, found: _Found) -> dict[str, Any]:
     return {**entry, "tags": tags} if tags and found["formatting"] == "sharegpt" else entry
 
 
-def _nothing(rows: _Rows, target: Target) -> str:
-    columns = ", ".join(map(repr, list(rows[0])[:8])) if rows else "none"
+def _listed(rows: _Rows) -> str:
+    return ", ".join(map(repr, list(rows[0])[:8])) if rows else "none"
+
+
+def _of_another_kind(rows: _Rows, target: Target) -> str:
+    """That the rows are what another stage takes; empty where they are not."""
     for other in ("pair", "feedback", "conversation", "document"):
         if other != target and _FINDERS[other](rows) is not None:
-            return f"the rows are {_STAGES[other]} (columns {columns}); what is needed here is {_NEEDED[target]}"
-    wanted = _NEEDED[target]
-    return f"the layout of the rows cannot be told (columns {columns}), expected {wanted}; list the file in dataset_info.json"
+            return f"the rows are {_STAGES[other]} (columns {_listed(rows)}); what is needed here is {_NEEDED[target]}"
+    return ""
+
+
+def _nothing(rows: _Rows, target: Target) -> str:
+    wanted = f"expected {_NEEDED[target]}; list the file in dataset_info.json"
+    return _of_another_kind(rows, target) or f"the layout of the rows cannot be told (columns {_listed(rows)}), {wanted}"

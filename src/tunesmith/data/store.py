@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 import numpy as np
+from filelock import FileLock
 
 from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, pack_report, unpack_report
@@ -62,6 +63,21 @@ class Progress:
         return {"ids": self.tokens, "ends": self.examples, "spans": 2 * self.spans, "weights": self.spans,
                 "span_ends": self.examples, "places": 3 * self.examples, "good": self.examples,
                 "references": self.references, "reference_ends": self.examples}  # fmt: skip
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Keep other processes from making the same store meanwhile. Raises DataError when its folder cannot be written."""
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(target.parent, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def partial(target: Path) -> Path:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _CACHED_WORDS = 1 << 17
 _BYTE_ALPHABET = 256
+LOST = "the tokenizer has no token for some characters of the text; they are left out, or unknown to the model"
+"""Remark on a row of which the tokenizer cannot say everything."""
 
 
 class Text(NamedTuple):
@@ -48,12 +50,14 @@ class Tokens(NamedTuple):
         spans: token ranges, one per span of the text: the tokens that begin inside it.
         joined: whether a token begins before a span and reaches into it.
         guarded: whether the text spelled a special token that was read as ordinary text.
+        lost: whether the tokenizer has no token for some of the text, white space aside.
     """
 
     ids: np.ndarray
     spans: tuple[tuple[int, int], ...]
     joined: bool = False
     guarded: bool = False
+    lost: bool = False
 
 
 class Job(NamedTuple):
@@ -109,6 +113,8 @@ class TextEncoder:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._edges = tuple(dict.fromkeys(token[end] for token in special for end in (0, -1)))
         self._specials = "\0".join(special)
+        unknown = tokenizer.unk_token_id
+        self._unknown = -1 if unknown is None or unknown == tokenizer.eos_token_id else unknown
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Token ids of each text, and where its spans lie among them."""
@@ -136,9 +142,9 @@ class TextEncoder:
 
     def locate(self, job: Job, encoded: Encodings) -> list[Tokens]:
         """Find the spans among the tokens."""
-        find = by_offsets if self._byte_lengths is None else self._by_lengths
+        find = self._by_offsets if self._byte_lengths is None else self._by_lengths
         found = find(job.plain, encoded.plain)
-        apart = dict(zip(job.guarded, by_offsets(job.renamed, encoded.renamed), strict=True))
+        apart = dict(zip(job.guarded, self._by_offsets(job.renamed, encoded.renamed), strict=True))
         if not apart:
             return found
         rest = iter(found)
@@ -169,8 +175,6 @@ class TextEncoder:
         other: set[int] = set()
         positions: list[int] = []
         for index, text in enumerate(texts):
-            if not text.spans:
-                continue
             bounds, total = _in_bytes(text)
             if total != bases[index + 1] - bases[index]:  # a normaliser changed the text, or a token swallowed blanks
                 other.add(index)
@@ -186,7 +190,7 @@ class TextEncoder:
             reaching = any(joined[cuts_ : cuts_ + count : 2])
             cuts_ += count
             if index in other:
-                made += by_offsets([text], self._backend.encode_batch([text.text], add_special_tokens=False))
+                made += self._by_offsets([text], self._backend.encode_batch([text.text], add_special_tokens=False))
             else:
                 made.append(Tokens(ids[begin:end], tuple(zip(own[::2], own[1::2], strict=True)), reaching))
         return made
@@ -204,6 +208,21 @@ class TextEncoder:
         for added in self._described["added_tokens"]:
             lengths[added["id"]] = len(added["content"].encode())
         return lengths
+
+    def _by_offsets(self, texts: Sequence[Text], encoded: Sequence[Encoding]) -> list[Tokens]:
+        """Spans by the tokenizer's own offsets."""
+        made = []
+        for text, encoding in zip(texts, encoded, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            starts = np.append(offsets[:, 0], len(text.text))
+            bounds = np.array(text.spans, dtype=np.int64).reshape(-1)
+            cuts = np.searchsorted(starts[:-1], bounds)
+            spans = tuple(zip(cuts[::2].tolist(), cuts[1::2].tolist(), strict=True))
+            joined = bool((starts[cuts[::2]] != bounds[::2]).any())
+            lost = bool((ids == self._unknown).any()) or _has_gap(text.text, offsets)
+            made.append(Tokens(ids, spans, joined, lost=lost))
+        return made
 
     # ---- text that spells special tokens
 
@@ -270,14 +289,8 @@ def _in_bytes(text: Text) -> tuple[Sequence[int], int]:
     return inner, total
 
 
-def by_offsets(texts: Sequence[Text], encoded: Sequence[Encoding]) -> list[Tokens]:
-    """Spans by the tokenizer's own offsets."""
-    made = []
-    for text, encoding in zip(texts, encoded, strict=True):
-        starts = np.array([*(start for start, _ in encoding.offsets), len(text.text)], dtype=np.int64)
-        bounds = np.array(text.spans, dtype=np.int64).reshape(-1)
-        cuts = np.searchsorted(starts[:-1], bounds)
-        spans = tuple(zip(cuts[::2].tolist(), cuts[1::2].tolist(), strict=True))
-        joined = bool((starts[cuts[::2]] != bounds[::2]).any())
-        made.append(Tokens(np.array(encoding.ids, dtype=np.int32), spans, joined))
-    return made
+def _has_gap(text: str, offsets: np.ndarray) -> bool:
+    """Whether no token stands for some character that is no white space; ``offsets`` int64 ``[L, 2]``."""
+    ends = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))
+    starts = np.concatenate([offsets[:, 0], [len(text)]])
+    return any(not text[ends[gap] : starts[gap]].isspace() for gap in np.flatnonzero(starts > ends))

@@ -59,6 +59,13 @@ def _check_surrogates(value: str, kind: str, name: str | int) -> None:
         ) from None
 
 
+def verdict(value: Any) -> bool | None:
+    """What a label of good or bad says: true or false, 1 or 0, also as text, as in CSV files; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
 def parse_json(value: str, what: str, code: str) -> Any:
     """The value that a JSON text spells. Raises RowProblem ``code`` when it spells none."""
     try:
