@@ -36,12 +36,12 @@ UNSUPPORTED = {
     "fsdp": "runs use one process in this version",
     "padding_side": "training batches have no padding; remove the key",
     "predict_with_generate": "generation during evaluation is not supported in this version",
-    "use_apollo": "set optim: apollo_adamw, its rank, scale and so on as optim_args",
-    "use_galore": "set optim: galore_adamw, its rank, scale and so on as optim_args",
-    "use_muon": "set optim: muon",
     "reward_model": "stage ppo is not supported in this version",
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
+    "use_apollo": "set optim: apollo_adamw, its rank, scale and so on as optim_args",
+    "use_galore": "set optim: galore_adamw, its rank, scale and so on as optim_args",
+    "use_muon": "set optim: muon",
 }
 """Keys of other toolkits that would change a result and cannot be honoured: refused, with what to do instead."""
 
