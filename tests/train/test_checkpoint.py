@@ -144,6 +144,7 @@ def test_state_comes_back_bit_equal(tmp_path: Path, optim: str) -> None:
     weights = {name: p.detach().clone() for name, p in parameters.items()}
     state = TrainerState(step=4, epoch=1, window=2, total_steps=10, best_metric=0.1 + 0.2, inputs={"a": 1})
     save_state(tmp_path, state, optimizer, schedule, None)
+    groups = optimizer.state_dict()["param_groups"]
     rates = advance(parameters, optimizer, schedule, 5)
 
     again, optimizer, schedule = build()
@@ -151,6 +152,7 @@ def test_state_comes_back_bit_equal(tmp_path: Path, optim: str) -> None:
         for name, p in again.items():
             p.copy_(weights[name])
     assert load_state(tmp_path, optimizer, schedule, None) == state
+    assert [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]] == [group | {"lr": 0} for group in groups]
     assert advance(again, optimizer, schedule, 5) == rates
     assert all(torch.equal(parameters[name], again[name]) for name in parameters)
 

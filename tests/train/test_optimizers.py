@@ -66,22 +66,22 @@ def test_every_name_is_in_the_table() -> None:
 )
 def test_the_loss_falls_and_a_resumed_run_is_bit_equal(start: Any, optim: str) -> None:
     """In the middle of a subspace of the projecting ones, with 8-bit states where there are any."""
-    values: dict[str, Any] = {"optim": optim, "max_steps": 16, "save_steps": 8, "weight_decay": 0.01}
+    values: dict[str, Any] = {"optim": optim, "max_steps": 12, "save_steps": 6, "weight_decay": 0.01}
     values["learning_rate"] = RATES.get(optim, 3e-3)
     if OPTIMIZERS[optim].projects:
-        values["optim_args"] = "rank=8, update_proj_gap=5"
+        values["optim_args"] = "rank=8, update_proj_gap=4"
     unbroken = start("run", **values)
     unbroken.train()
     losses = [entry["loss"] for entry in read_log(unbroken.given.run)]
     assert losses[-1] < 0.8 * losses[0]
-    checkpoint = checkpoint_path(unbroken.given.run, 8)
+    checkpoint = checkpoint_path(unbroken.given.run, 6)
     kept = load_file(checkpoint / OPTIMIZER)
-    last = load_file(checkpoint_path(unbroken.given.run, 16) / OPTIMIZER)
+    last = load_file(checkpoint_path(unbroken.given.run, 12) / OPTIMIZER)
     assert any(t.dtype == torch.uint8 and not name.startswith("rng") for name, t in kept.items()) == optim.endswith("8bit")
     resumed = start("run", **values)
     resumed.train(checkpoint)
     assert_same(weights(unbroken), weights(resumed))
-    assert_same(last, load_file(checkpoint_path(resumed.given.run, 16) / OPTIMIZER))
+    assert_same(last, load_file(checkpoint_path(resumed.given.run, 12) / OPTIMIZER))
 
 
 @pytest.mark.parametrize(
