@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
 from tests.conftest import tunesmith
@@ -318,6 +319,8 @@ def test_loraplus_gives_b_matrices_their_own_rate(start: Any) -> None:
     rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {rate for name, rate in rates.items() if ".lora_B." in name} == {16e-3}
     assert {rate for name, rate in rates.items() if ".lora_A." in name} == {1e-3}
+    theirs = create_loraplus_optimizer(trainer.model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    assert rates == {names[id(p)]: group["lr"] for group in theirs.param_groups for p in group["params"]}
     trainer.train()
     assert [entry["learning_rate"] for entry in read_log(trainer.given.run)] == [1e-3, 1e-3]
     resumed = start("plus", max_steps=2, save_steps=1, weight_decay=0.1, **lora)
