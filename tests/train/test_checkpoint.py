@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tunesmith.config.arguments import TrainingArguments
+from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
 from tunesmith.errors import CheckpointError
 from tunesmith.train.checkpoint import (
     MANIFEST,
@@ -124,7 +124,7 @@ def test_state_comes_back_bit_equal(tmp_path: Path, optim: str) -> None:
     def build() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer, Any]:
         torch.manual_seed(0)
         parameters = {"w": torch.nn.Parameter(torch.randn(4, 3)), "b": torch.nn.Parameter(torch.randn(3))}
-        optimizer = build_optimizer(args, parameters)
+        optimizer = build_optimizer(args, FinetuningArguments(), torch.nn.Module(), parameters)
         return parameters, optimizer, build_schedule(args, optimizer, 10)
 
     def advance(
@@ -144,6 +144,7 @@ def test_state_comes_back_bit_equal(tmp_path: Path, optim: str) -> None:
     weights = {name: p.detach().clone() for name, p in parameters.items()}
     state = TrainerState(step=4, epoch=1, window=2, total_steps=10, best_metric=0.1 + 0.2, inputs={"a": 1})
     save_state(tmp_path, state, optimizer, schedule, None)
+    groups = optimizer.state_dict()["param_groups"]
     rates = advance(parameters, optimizer, schedule, 5)
 
     again, optimizer, schedule = build()
@@ -151,15 +152,17 @@ def test_state_comes_back_bit_equal(tmp_path: Path, optim: str) -> None:
         for name, p in again.items():
             p.copy_(weights[name])
     assert load_state(tmp_path, optimizer, schedule, None) == state
+    assert [group | {"lr": 0} for group in optimizer.state_dict()["param_groups"]] == [group | {"lr": 0} for group in groups]
     assert advance(again, optimizer, schedule, 5) == rates
     assert all(torch.equal(parameters[name], again[name]) for name in parameters)
 
 
 def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir="x")
-    one = build_optimizer(args, {"w": torch.nn.Parameter(torch.randn(2, 2))})
+    model, w = torch.nn.Module(), torch.nn.Parameter(torch.randn(2, 2))
+    one = build_optimizer(args, FinetuningArguments(), model, {"w": w})
     save_state(tmp_path, TrainerState(), one, build_schedule(args, one, 3), None)
-    two = build_optimizer(args, {"w": torch.nn.Parameter(torch.randn(2, 2)), "b": torch.nn.Parameter(torch.randn(2))})
+    two = build_optimizer(args, FinetuningArguments(), model, {"w": w, "b": torch.nn.Parameter(torch.randn(2))})
     with pytest.raises(CheckpointError, match="does not fit"):
         load_state(tmp_path, two, build_schedule(args, two, 3), None)
 

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tunesmith.config.optimizers import OPTIMIZERS, OptimizerName
 
 
 def _split_commas(value: Any) -> Any:
@@ -19,6 +21,18 @@ def _split_commas(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def _split_options(value: Any) -> Any:
+    """``"rank=128, scale=0.25"``, as Transformers writes it, -> a mapping of texts."""
+    if value is None:
+        return {}
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if any(not (key.strip() and equals and text.strip()) for key, equals, text in pairs):
+        raise ValueError("expected a mapping, or key=value pairs with commas between them")
+    return {key.strip(): text.strip() for key, _, text in pairs}
 
 
 def _bare_no(value: Any) -> Any:
@@ -259,6 +273,12 @@ class FinetuningArguments(Arguments):
     pissa_iter: int = Field(16, ge=-1, description="Iterations of the fast decomposition of pissa_init; -1: the exact one.")
     use_rslora: bool = Field(False, description="Rank-stabilised scale, alpha / sqrt(rank) (arXiv 2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353).")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: B matrices learn at that many times learning_rate (arXiv 2402.12354)."
+    )
+    loraplus_lr_embedding: float | None = Field(
+        None, gt=0, description="LoRA+: learning rate of adapters of an embedding; 1e-6 if unset."
+    )
 
 
 class TrainingArguments(Arguments):
@@ -281,20 +301,29 @@ class TrainingArguments(Arguments):
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
         "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay",
-    ] = Field("linear", description="Schedule, by Transformers' name.")  # fmt: skip
+    ] = Field("linear", description="Schedule, by Transformers' name; constant where unset with schedule_free_*.")  # fmt: skip
     lr_scheduler_kwargs: dict[str, float | int | str] = Field(
         default_factory=dict, description="Further arguments of the schedule, e.g. {min_lr: 1e-6}."
     )
     warmup_steps: int = Field(0, ge=0, description="Updates over which the learning rate rises.")
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="The same as a share of all updates; warmup_steps wins.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"] = Field(
-        "adamw_torch", description="Optimizer, by Transformers' name."
+    optim: OptimizerName = Field("adamw_torch", description="Optimizer, by Transformers' name (the guide has a table).")
+    optim_args: Annotated[dict[str, bool | int | float | str], BeforeValidator(_split_options)] = Field(
+        default_factory=dict, description="Options of the optimizer, as a mapping or as rank=128,scale=0.25."
+    )
+    optim_target_modules: NameList = Field(
+        (),
+        description="Linear layers whose gradients galore_adamw and apollo_adamw project: names, or parts of them between "
+        "dots; every one but the output head if unset (or all-linear).",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of matrices; biases and norms are spared.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this L2 norm; 0: never.")
+    neftune_noise_alpha: float | None = Field(
+        None, gt=0, description="NEFTune: uniform noise on embeddings in training, at most alpha / sqrt(row length x width)."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
     bf16: bool = Field(False, description="Same as compute_dtype: bf16.")
     fp16: bool = Field(False, description="Same as compute_dtype: fp16 (with loss scaling).")
@@ -317,6 +346,16 @@ class TrainingArguments(Arguments):
     report_to: Literal["none"] = Field("none", description="Experiment tracker; trainer_log.jsonl is always written.")
     sample_prompts: tuple[str, ...] = Field((), description="Questions answered greedily before and after training.")
     sample_max_new_tokens: int = Field(80, gt=0, description="Longest of those answers, in tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_schedule_where_weights_are_averaged(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "lr_scheduler_type" not in values:
+            optimizer = OPTIMIZERS.get(str(values.get("optim")))
+            if optimizer and optimizer.averages:
+                warms_up = values.get("warmup_steps") or values.get("warmup_ratio")
+                return {**values, "lr_scheduler_type": "constant_with_warmup" if warms_up else "constant"}
+        return values
 
 
 class GeneratingArguments(Arguments):

@@ -12,6 +12,7 @@ from tunesmith.config.arguments import (
     ModelArguments,
     TrainingArguments,
 )
+from tunesmith.config.optimizers import OPTIMIZERS, missing_library, read_options, unheeded
 
 NO_EFFECT = {
     "neat_packing": "rows of a pack never see each other; packing: true is all it takes",
@@ -38,6 +39,9 @@ UNSUPPORTED = {
     "reward_model": "stage ppo is not supported in this version",
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
+    "use_apollo": "set optim: apollo_adamw, its rank, scale and so on as optim_args",
+    "use_galore": "set optim: galore_adamw, its rank, scale and so on as optim_args",
+    "use_muon": "set optim: muon",
 }
 """Keys of other toolkits that would change a result and cannot be honoured: refused, with what to do instead."""
 
@@ -80,22 +84,26 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
     model = sections.get("model")
     data = sections.get("data")
     training = sections.get("training")
+    finetuning = sections.get("finetuning")
     if isinstance(model, ModelArguments):
         yield from _model_rules(model, training if isinstance(training, TrainingArguments) else None)
     if isinstance(data, DataArguments):
         yield from _data_rules(data)
-        if isinstance(finetuning := sections.get("finetuning"), FinetuningArguments):
+        if isinstance(finetuning, FinetuningArguments):
             yield from _learning_rules(data, finetuning)
-    if isinstance(tuning := sections.get("finetuning"), FinetuningArguments):
-        yield from _tuning_rules(tuning)
+    if isinstance(finetuning, FinetuningArguments):
+        yield from _tuning_rules(finetuning)
         if isinstance(model, ModelArguments):
-            yield from _quantisation_rules(model, tuning)
+            yield from _quantisation_rules(model, finetuning)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
+        yield from _optimizer_rules(training)
+        if isinstance(finetuning, FinetuningArguments):
+            yield from _projection_rules(training, finetuning)
         if isinstance(data, DataArguments):
             yield from _evaluation_rules(data, training)
             yield from _stream_rules(data, training)
-            yield from _length_rules(data, training, sections.get("finetuning"))
+            yield from _length_rules(data, training, finetuning)
 
 
 def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> Iterator[tuple[str, str]]:
@@ -149,7 +157,17 @@ def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:
 
 _OF_TYPE = {
     "freeze": ("num_layer_trainable", "name_module_trainable", "freeze_extra_modules"),
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "pissa_init", "pissa_iter"),
+    "lora": (
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "pissa_init",
+        "pissa_iter",
+        "loraplus_lr_ratio",
+        "loraplus_lr_embedding",
+    ),
     "peft": ("peft_method", "peft_args"),
 }
 _OF_ADAPTERS = ("lora_target", "additional_target")
@@ -168,6 +186,8 @@ def _tuning_rules(finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
         yield "peft_method", "is needed with finetuning_type: peft; name a method of the PEFT library, e.g. oft"
     if finetuning.pissa_init and finetuning.use_dora:
         yield "pissa_init", "cannot start adapters of use_dora; keep one of the two"
+    if kind == "lora" and finetuning.loraplus_lr_embedding is not None and finetuning.loraplus_lr_ratio is None:
+        yield "loraplus_lr_embedding", "is part of LoRA+; set loraplus_lr_ratio (e.g. 16) as well, or remove the key"
 
 
 def _default(section: Arguments, key: str) -> object:
@@ -192,6 +212,36 @@ def _training_rules(training: TrainingArguments) -> Iterator[tuple[str, str]]:
         yield "overwrite_output_dir", "cannot start anew and resume at once; remove one of the two keys"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "output_dir", "started by a launcher with several processes (WORLD_SIZE > 1); this version trains in one process"
+
+
+def _optimizer_rules(training: TrainingArguments) -> Iterator[tuple[str, str]]:
+    name, optimizer = training.optim, OPTIMIZERS[training.optim]
+    if reason := missing_library(name):
+        yield "optim", reason
+    try:
+        options = read_options(name, training.optim_args)
+    except ValueError as error:
+        yield "optim_args", str(error)
+    else:
+        if options.get("nesterov") and name == "sgd" and (not options["momentum"] or options["dampening"]):
+            yield "optim_args", "nesterov needs momentum above 0 and dampening 0"
+    for key in unheeded(name):
+        if getattr(training, key) != _default(training, key):
+            yield key, f"{name} does not use it; remove the key (its own options go into optim_args)"
+    if training.optim_target_modules and not optimizer.projects:
+        yield "optim_target_modules", f"{name} projects nothing; only galore_adamw and apollo_adamw take it"
+    if optimizer.averages and training.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+        fix = "remove the key, or set constant or constant_with_warmup"
+        yield "lr_scheduler_type", f"{name} averages the weights in place of a falling learning rate; {fix}"
+    if training.lr_scheduler_type == "constant" and (training.warmup_steps or training.warmup_ratio):
+        asked = "warmup_steps" if training.warmup_steps else "warmup_ratio"
+        yield asked, "lr_scheduler_type: constant does not warm up; set constant_with_warmup, or remove the key"
+
+
+def _projection_rules(training: TrainingArguments, finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    if OPTIMIZERS[training.optim].projects and finetuning.finetuning_type not in ("full", "freeze"):
+        reason = f"{training.optim} projects the gradients of whole matrices, those of adapters are small already"
+        yield "optim", f"{reason}; set finetuning_type: full, or another optimizer"
 
 
 def evaluates(training: TrainingArguments) -> bool:

@@ -32,10 +32,11 @@ def json_schema() -> dict[str, Any]:
         schema = cls.model_json_schema()
         properties.update(schema["properties"])
         required.extend(schema.get("required", []))
-    for name in [name for name, schema in properties.items() if schema.get("type") == "array"]:  # commas will do, too
-        listed = dict(properties[name])
-        description, default = listed.pop("description"), listed.pop("default")
-        properties[name] = {"anyOf": [listed, {"type": "string"}], "description": description, "default": default}
+    lists = [name for name, schema in properties.items() if schema.get("type") == "array"]  # commas will do, too
+    for name in [*lists, "optim_args"]:
+        written = dict(properties[name])
+        about = {key: written.pop(key) for key in ("description", "default") if key in written}
+        properties[name] = {"anyOf": [written, {"type": "string"}], **about}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tunesmith configuration",

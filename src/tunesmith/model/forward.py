@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.model.adapter import unwrap
 from tunesmith.model.attention import SEGMENTS, NotSegmentable
+from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.types import Batch
 
 _PROBE_LENGTHS = (5, 3, 6)
@@ -25,11 +26,13 @@ class FlatForward:
     Args:
         model: what is called; plain or adapted.
         segments: True to compute rows end to end, False to pad them.
+        noise_alpha: strength of NEFTune's noise in training; None for none.
     """
 
-    def __init__(self, model: Any, segments: bool) -> None:
+    def __init__(self, model: Any, segments: bool, noise_alpha: float | None = None) -> None:
         self.model = model
         self.segments = segments
+        self._noise = EmbeddingNoise(unwrap(model).get_input_embeddings(), noise_alpha) if noise_alpha is not None else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -40,6 +43,9 @@ class FlatForward:
         # the boundaries stay on the host: the attention function needs them as numbers
         boundaries = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         longest = max(batch.lengths)
+        if self._noise:
+            lengths = torch.tensor(batch.lengths)
+            self._noise.lengths = lengths.repeat_interleave(lengths)[None]
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids_T[None],
             "position_ids": batch.position_ids_T[None],
@@ -56,6 +62,8 @@ class FlatForward:
     def _padded(self, batch: Batch) -> torch.Tensor:
         rows, longest = len(batch.lengths), max(batch.lengths)
         lengths = torch.tensor(batch.lengths, device=batch.input_ids_T.device)
+        if self._noise:
+            self._noise.lengths = lengths[:, None]
         real_BL = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
         input_ids_BL = torch.zeros(rows, longest, dtype=torch.long, device=lengths.device)
         position_ids_BL = torch.zeros_like(input_ids_BL)

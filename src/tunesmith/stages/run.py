@@ -98,7 +98,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
     given = Ingredients(
-        forward=FlatForward(model, segments),
+        forward=FlatForward(model, segments, config.training.neftune_noise_alpha),
         tokenizer=tokenizer,
         train_examples=train,
         eval_examples=held_out,

@@ -243,23 +243,48 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state -> tensors under ``state.<parameter>.<name>`` and JSON-able rest."""
+    """Optimizer state -> tensors under ``state.<parameter>.<name>``, names of nested mappings joined, and JSON-able rest."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
+    taken: set[int] = set()
     for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"state.{index}.{name}"] = value.detach().to("cpu").contiguous()
-            else:
-                scalars.setdefault(str(index), {})[name] = value
+        if rest := _take_tensors(values, f"state.{index}", tensors, taken):
+            scalars[str(index)] = rest
     return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
 
 
+def _take_tensors(values: dict[str, Any], path: str, tensors: dict[str, torch.Tensor], taken: set[int]) -> dict[str, Any]:
+    """Put the tensors of a nested mapping into ``tensors``, one that several parameters share as copies.
+
+    Returns what is left of the mapping. ``taken`` has the addresses of the tensors so far.
+    """
+    rest: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if inner := _take_tensors(value, f"{path}.{name}", tensors, taken):
+                rest[name] = inner
+        elif isinstance(value, torch.Tensor):
+            tensor = value.detach().to("cpu").contiguous()
+            tensors[f"{path}.{name}"] = tensor.clone() if tensor.data_ptr() in taken else tensor
+            taken.add(tensor.data_ptr())
+        else:
+            rest[name] = value
+    return rest
+
+
 def _join_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["scalars"].items()}
+    state: dict[int, dict[str, Any]] = {int(index): values for index, values in rest["scalars"].items()}
     for key, tensor in tensors.items():
-        if key.startswith("state."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = tensor
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["param_groups"]]
+        kind, _, path = key.partition(".")
+        if kind != "state":
+            continue
+        index, *outer, name = path.split(".")
+        place = state.setdefault(int(index), {})
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[name] = tensor
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+        for group in rest["param_groups"]
+    ]
     return {"state": state, "param_groups": groups}

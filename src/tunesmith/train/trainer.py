@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
+from tunesmith.config.optimizers import read_options
 from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
 from tunesmith.data.loader import DataLoader, StreamLoader, Window
@@ -38,7 +39,8 @@ from tunesmith.train.checkpoint import (
     write_atomically,
     write_json,
 )
-from tunesmith.train.optimizer import build_optimizer, build_schedule
+from tunesmith.train.optim.averaged import averaged, use_average, use_training_point
+from tunesmith.train.optimizer import build_optimizer, build_schedule, optimizer_notice
 from tunesmith.train.progress import Reporter
 from tunesmith.train.runfolder import DATA_REPORT, FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
@@ -97,12 +99,14 @@ class PeftTrainer:
             assert isinstance(self.loader, DataLoader), "rules ask for max_steps where rows are streamed"
             total = ceil(args.num_train_epochs * len(self.loader))
         self.state = TrainerState(total_steps=total, inputs=self._inputs(seed))
-        self.optimizer = build_optimizer(args, trainable_parameters(self.model))
+        self.optimizer = build_optimizer(args, given.finetuning, self.model, trainable_parameters(self.model))
         self.schedule = build_schedule(args, self.optimizer, total)
         fp16 = given.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(given.device.type) if fp16 else None
         self.updater = Updater(self.optimizer, args.max_grad_norm, self.scaler)
         self._stop_signal: int | None = None
+        if notice := optimizer_notice(args, given.device):
+            given.reporter.note(notice)
 
     def _build_loader(self, seed: int) -> DataLoader | StreamLoader:
         rows, args, given = self.given.train_examples, self.args, self.given
@@ -116,6 +120,7 @@ class PeftTrainer:
         fixed = {key: value for key, value in arguments.items() if key not in FREE_ON_RESUME}
         return {
             **fixed,
+            "optim_args": read_options(self.args.optim, self.args.optim_args),
             "data_seed": seed,
             "shuffle": self.given.shuffle,
             "packing": self.given.capacity,
@@ -160,7 +165,10 @@ class PeftTrainer:
             reporter.start(self.state.total_steps, self.state.step)
             if self.args.eval_on_start and self.state.step == 0 and self.given.eval_examples:
                 self._evaluate(log)
-            self._loop(log)
+            try:
+                self._loop(log)
+            finally:
+                use_average(self.optimizer)
         if self.args.load_best_model_at_end:
             self._load_best()
         return self.state
@@ -180,6 +188,7 @@ class PeftTrainer:
         state, began = self.state, time.monotonic()
         elapsed_before, steps_before = state.elapsed, state.step
         self.model.train()
+        use_training_point(self.optimizer)
         with contextlib.closing(self.loader.onward(state.epoch, state.window, state.data)) as windows:
             while state.step < state.total_steps:
                 batches, ended = self._next(windows)
@@ -267,7 +276,8 @@ class PeftTrainer:
         return {"eval_loss": loss_sum / count, **{f"eval_{name}": s / n for name, (s, n) in sums.items()}}
 
     def _evaluate(self, log: RunLog) -> bool:
-        metrics = self.evaluate()
+        with averaged(self.optimizer):
+            metrics = self.evaluate()
         self._write(log, metrics)
         loss = metrics["eval_loss"]
         improved = self.state.step > 0 and (self.state.best_metric is None or loss < self.state.best_metric)
@@ -320,7 +330,8 @@ class PeftTrainer:
             self.given.tokenizer.save_pretrained(scratch)
             self.given.finetuning.save_to_json(scratch / FINETUNING_ARGS)
 
-        write_atomically(folder, fill)
+        with averaged(self.optimizer):
+            write_atomically(folder, fill)
         keep = {self.state.step} | ({self.state.best_step} if self.state.best_step is not None else set())
         prune(self.given.run, self.args.save_total_limit, keep)
         return folder
