@@ -302,7 +302,7 @@ def test_modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.columns for row in rows] == [{"t": "one"}, {"t": "two"}]  # type: ignore[union-attr]
     assert rows[0].source == Source("d", "ms:org/card/train", 1, 0)
     assert calls == [("org/card", "v2")]
-    with pytest.raises(DataError, match="ms:org/none: cannot be fetched: RuntimeError: 404"):
+    with pytest.raises(DataError, match="ms:org/none@v2: cannot be fetched: RuntimeError: 404"):
         read_rows(ms.model_copy(update={"hub_url": "org/none"}), "nowhere")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(DataError, match=r'pip install "tunesmith\[modelscope\]"'):

@@ -21,6 +21,22 @@ NO_EFFECT = {
 }
 """Keys of other toolkits that cannot change a result here: accepted with a notice that says why."""
 
+ALIASES = {
+    "flash_attn": "attn_implementation",
+    "new_special_tokens": "add_special_tokens",
+}
+"""Keys of other toolkits that say the same as a key here."""
+
+ALIAS_VALUES = {("flash_attn", "disabled"): "eager"}
+"""(key, value) of another toolkit -> value here, where the two differ."""
+
+REFUSED_VALUES = {
+    ("flash_attn", value): f"{value} is not used here; flash_attn: auto computes rows end to end without padding, with torch's "
+    "own kernels"
+    for value in ("fa2", "fa3")
+}
+"""(key, value) of another toolkit -> what to use instead."""
+
 UNSUPPORTED = {
     "adapter_name_or_path": "continuing from an adapter is not supported in this version",
     "additional_target": "training further modules beside the adapters is not supported in this version",
@@ -30,7 +46,6 @@ UNSUPPORTED = {
     "do_eval": "to evaluate while training, set eval_strategy or eval_steps",
     "do_predict": "prediction over a data set is not supported in this version",
     "finetuning_args": "the keys stand on their own, without nesting",
-    "flash_attn": "use attn_implementation: auto, sdpa or eager",
     "freeze_trainable_layers": "finetuning_type: freeze is not supported in this version",
     "freeze_trainable_modules": "finetuning_type: freeze is not supported in this version",
     "fsdp": "runs use one process in this version",

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.config.arguments import FinetuningArguments
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
@@ -150,7 +149,8 @@ def save_finished(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load_finished(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """Put a finished adapter on its base model, for inference. Raises ModelError when they do not fit."""
+    """Put a finished adapter on its base model, for inference. Raises ModelError when they do not fit, or it is a pickle."""
+    check_adapter_folder(folder)
     try:
         return PeftModel.from_pretrained(base, folder, is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

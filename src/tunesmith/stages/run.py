@@ -17,9 +17,10 @@ from tunesmith.data.thinking import no_effect
 from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import check_vocabulary, load_base_model, prepare_flat
+from tunesmith.model.load import load_base_model, prepare_flat
 from tunesmith.model.precision import pick_device, resolve_dtype
-from tunesmith.model.tokenizer import load_tokenizer, model_path
+from tunesmith.model.source import locate
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
@@ -57,6 +58,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         TunesmithError: whatever is wrong with data, model or settings.
     """
     quiet_library()
+    source = locate(config.model)
     tokenizer = load_tokenizer(config.model)
     for sentence in no_effect(tokenizer, config.data.template_options):
         reporter.note(f"warning: {sentence}")
@@ -69,11 +71,10 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     device = pick_device()
     dtype = resolve_dtype(config.compute_dtype, device)
     full = config.finetuning.finetuning_type == "full"
-    base = load_base_model(config.model, torch.float32 if full else dtype, device)
-    check_vocabulary(base, tokenizer)
+    base = load_base_model(config.model, torch.float32 if full else dtype, device, tokenizer)
     attention = base.config._attn_implementation
     segments = prepare_flat(base, config.model, max(int(rows.lengths.max()) for rows in (train, held_out) if rows is not None))
-    model = init_adapter(base, config.finetuning, model_path(config.model))
+    model = init_adapter(base, config.finetuning, source.name)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable, total = count_parameters(model)
@@ -111,7 +112,7 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     open_run(folder, config.training.overwrite_output_dir)
     write_manifest(
         folder,
-        model_path(config.model),
+        str(locate(config.model).path),
         {
             "data": {
                 "train": given.train_examples.fingerprint(),
