@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,18 @@ from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
-def init_adapter(model: PreTrainedModel, args: FinetuningArguments, base_name: str) -> torch.nn.Module:
+def init_adapter(
+    model: PreTrainedModel, args: FinetuningArguments, base_name: str, rows: Mapping[str, list[int]] | None = None
+) -> torch.nn.Module:
     """Make the model trainable as ``finetuning_type`` says.
 
-    Trainable weights are float32, whatever the base computes in. ``base_name`` is noted in the adapter's
-    configuration as the model it belongs to.
+    Trainable weights are float32, whatever the base computes in.
+
+    Args:
+        model: changed in place.
+        args: of the tuning.
+        base_name: noted in the adapter's configuration as the model it belongs to.
+        rows: name of a layer -> ids of tokens whose rows are learned with the adapter (``vocabulary.trainable_rows``).
 
     Raises:
         ConfigError: ``lora_target`` names no linear layer of this model.
@@ -41,6 +48,7 @@ def init_adapter(model: PreTrainedModel, args: FinetuningArguments, base_name: s
         target_modules=_targets(model, args.lora_target),
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
+        trainable_token_indices=dict(rows) if rows else None,
     )
     tuned = get_peft_model(model, config, autocast_adapter_dtype=True)
     tuned.active_peft_config.base_model_name_or_path = base_name

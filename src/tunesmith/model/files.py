@@ -152,7 +152,9 @@ def read_weight_headers(folder: Path, single: str, index: str | None) -> dict[st
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES and "training_args" not in path.name)
     if pickles:
         raise ModelError(f"{folder / pickles[0]}: holds the weights as a pickle, and there is no {single}; {_CONVERT}")
-    raise ModelError(f"{folder}: holds no weights; expected {single}" + (f" or {index}" if index else ""))
+    raise ModelError(
+        f"{folder}: holds no weights; expected {single}" + (f" or {index}" if index else "") + "; pickled ones are never loaded"
+    )
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:

@@ -18,11 +18,6 @@ _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endo
 """End-of-sequence tokens of model families, those that end a turn first."""
 
 
-def model_path(args: ModelArguments) -> str:
-    """Folder of the base model's files, fetched and checked. Raises ModelError as ``locate`` does."""
-    return str(locate(args).path)
-
-
 def library_error(what: str, path: str | Path, error: Exception) -> ModelError:
     """What went wrong when the library loaded something, in a line."""
     reason = str(error).strip().splitlines()
@@ -90,7 +85,7 @@ def added_token_ids(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def repair_end_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Give the tokenizer an end-of-sequence token, if it has none: the one that the model's files name, or that families use."""
+    """If the tokenizer has no end-of-sequence token, give it the one that the model's files name, or that families use."""
     if tokenizer.eos_token is not None:
         return
     for name in ("generation_config.json", CONFIG):

@@ -14,13 +14,15 @@ from tunesmith.config.load import dump_yaml, load_config
 from tunesmith.data.prepare import load_examples
 from tunesmith.data.report import DataReport
 from tunesmith.data.thinking import no_effect
+from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import count_parameters, init_adapter, save_finished
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_base_model, prepare_flat
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.source import locate
-from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
+from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
@@ -59,6 +61,11 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     """
     quiet_library()
     source = locate(config.model)
+    if source.adapter and config.finetuning.finetuning_type == "lora":
+        raise ConfigError(
+            f"model_name_or_path: {source.adapter} is an adapter, and one on top of it would have a base that exists nowhere; "
+            f"set model_name_or_path: {source.path} and checkpoint_dir: {source.adapter}"
+        )
     tokenizer = load_tokenizer(config.model)
     for sentence in no_effect(tokenizer, config.data.template_options):
         reporter.note(f"warning: {sentence}")
@@ -74,7 +81,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     base = load_base_model(config.model, torch.float32 if full else dtype, device, tokenizer)
     attention = base.config._attn_implementation
     segments = prepare_flat(base, config.model, max(int(rows.lengths.max()) for rows in (train, held_out) if rows is not None))
-    model = init_adapter(base, config.finetuning, source.name)
+    rows = trainable_rows(base, added_token_ids(config.model, tokenizer))
+    model = init_adapter(base, config.finetuning, source.name, rows)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable, total = count_parameters(model)
