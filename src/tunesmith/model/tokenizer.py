@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
@@ -13,6 +13,9 @@ from tunesmith.model.files import CONFIG, read_json, vocabulary_size
 from tunesmith.model.source import Source, locate
 
 log = logging.getLogger(__name__)
+
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes, by the library's newer and older name, that add nothing to ``tokenizer.json``."""
 
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 """End-of-sequence tokens of model families, those that end a turn first."""
@@ -48,12 +51,25 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
 def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a folder, a run's among them. Raises ModelError when it cannot be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        loader = PreTrainedTokenizerFast if _is_generic(Path(folder)) else AutoTokenizer
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # a damaged tokenizer.json raises bare exceptions of the Rust library
         raise library_error("tokenizer", folder, error) from error
     repair_end_token(tokenizer, Path(folder))
     repair_pad_token(tokenizer)
     return tokenizer
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether ``tokenizer.json`` is all of the tokenizer, as its configuration says.
+
+    The library would take the class of the model's kind all the same, and put that kind's way of splitting text in the place
+    of the file's: other tokens, without a word.
+    """
+    if not ((folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file()):
+        return False
+    config = read_json(folder / "tokenizer_config.json")
+    return config.get("tokenizer_class") in _GENERIC and not config.get("auto_map")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
