@@ -32,6 +32,7 @@ _PUBLIC = {
     "init_adapter": "tunesmith.model.tuning",
     "load_examples": "tunesmith.data.prepare",
     "load_config": "tunesmith.config.load",
+    "load_pretrained": "tunesmith.model.load",
     "plot_loss": "tunesmith.report.plot",
     "prepare_data": "tunesmith.data.prepare",
     "preprocess_data": "tunesmith.data.preprocess",

@@ -195,7 +195,8 @@ def test_keys_without_effect_are_noticed_not_refused(tmp_path: Path) -> None:
 
 
 def test_unsupported_keys_say_what_to_do(tmp_path: Path) -> None:
-    assert "attn_implementation" in refusal(tmp_path, yaml.safe_dump({**GOOD, "flash_attn": "fa2"}))
+    assert "without padding" in refusal(tmp_path, yaml.safe_dump({**GOOD, "flash_attn": "fa2"}))
+    assert "checkpoint_dir" in refusal(tmp_path, yaml.safe_dump({**GOOD, "adapter_name_or_path": "runs/x"}))
 
 
 def test_tables_hold_no_key_that_exists() -> None:

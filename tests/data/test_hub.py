@@ -6,10 +6,8 @@ import hashlib
 import json
 import shutil
 import sys
-import threading
 import types
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.standin import hub
 from tunesmith.config.arguments import DatasetAttr
 from tunesmith.data.hub import open_layout
 from tunesmith.data.problem import BadRow
@@ -26,7 +25,6 @@ from tunesmith.data.source import data_files, read_rows
 from tunesmith.errors import DataError
 from tunesmith.types import Source
 
-COMMIT = "c" * 40
 CARD = """---
 configs:
 - config_name: en
@@ -86,67 +84,13 @@ REPOS: dict[str, dict[str, bytes]] = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-        path = self.path.partition("?")[0]
-        if "gated/set" in path:
-            return self.answer(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask the owner"})
-        for name, files in REPOS.items():
-            if path in (f"/api/datasets/{name}", f"/api/datasets/{name}/revision/main", f"/api/datasets/{name}/revision/v1"):
-                return self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())
-            if path.startswith(f"/api/datasets/{name}/revision/"):
-                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            if path.startswith(f"/api/datasets/{name}/tree/{COMMIT}"):
-                tree = [
-                    {"type": "file", "path": key, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for key, data in files.items()
-                ]
-                return self.answer(200, json.dumps(tree).encode())
-            start = f"/datasets/{name}/resolve/{COMMIT}/"
-            if path.startswith(start) and path.removeprefix(start) in files:
-                data = files[path.removeprefix(start)]
-                return self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
-        return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        return
-
-
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Requests that the hub got; the clients use it and empty caches."""
-    handler = type("Handler", (Hub,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", str(tmp_path / "agents.json"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    yield handler.asked  # type: ignore[attr-defined]
-    huggingface_hub.close_session()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub("datasets", REPOS, tmp_path, monkeypatch) as requests:
+        yield requests
 
 
 def hf(name: str, **values: Any) -> DatasetAttr:
@@ -302,7 +246,7 @@ def test_modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.columns for row in rows] == [{"t": "one"}, {"t": "two"}]  # type: ignore[union-attr]
     assert rows[0].source == Source("d", "ms:org/card/train", 1, 0)
     assert calls == [("org/card", "v2")]
-    with pytest.raises(DataError, match="ms:org/none: cannot be fetched: RuntimeError: 404"):
+    with pytest.raises(DataError, match="ms:org/none@v2: cannot be fetched: RuntimeError: 404"):
         read_rows(ms.model_copy(update={"hub_url": "org/none"}), "nowhere")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(DataError, match=r'pip install "tunesmith\[modelscope\]"'):

@@ -180,33 +180,3 @@ def test_a_lost_best_checkpoint_keeps_the_last_weights(settings: dict[str, Any],
 def test_several_processes_are_refused(settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in tunesmith("train", write_config(settings), check=False).stderr
-
-
-def test_m1_pickled_weights_are_refused(settings: dict[str, Any], write_config: Any, tiny_model: Path, tmp_path: Path) -> None:
-    model = tmp_path / "pickled"
-    shutil.copytree(tiny_model, model)
-    canary = tmp_path / "CANARY"
-    payload = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
-    (model / "model.safetensors").unlink()
-    (model / "pytorch_model.bin").write_bytes(payload)
-    config = write_config({**settings, "model_name_or_path": str(model)})
-    assert tunesmith("train", config, check=False).returncode == 2
-    (model / "pytorch_model.bin").rename(model / "model.safetensors")
-    done = tunesmith("train", config, check=False)
-    assert done.returncode == 2
-    assert "damaged" in done.stderr
-    assert not canary.exists()
-
-
-def test_m3_code_beside_a_model_does_not_run(
-    settings: dict[str, Any], write_config: Any, tiny_model: Path, tmp_path: Path
-) -> None:
-    model = tmp_path / "remote"
-    shutil.copytree(tiny_model, model)
-    canary = tmp_path / "CANARY"
-    (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
-    config = json.loads((model / "config.json").read_text())
-    config.update(model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
-    (model / "config.json").write_text(json.dumps(config))
-    assert tunesmith("train", write_config({**settings, "model_name_or_path": str(model)}), check=False).returncode == 2
-    assert not canary.exists()

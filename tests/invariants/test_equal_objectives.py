@@ -23,6 +23,7 @@ from tunesmith.model.adapter import trainable_parameters
 from tunesmith.model.attention import SEGMENTS
 from tunesmith.model.forward import FlatForward, segments_work
 from tunesmith.model.load import load_base_model
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.tuning import init_adapter
 from tunesmith.stages.run import run as run_stage
 from tunesmith.train.progress import SilentReporter
@@ -138,7 +139,7 @@ def _losses(examples: Sequence[Example], settings: dict[str, Any], layout: str) 
         model_name_or_path=settings["model_name_or_path"],
         attn_implementation=layout.split()[-1] if layout.startswith("padded") else "auto",
     )
-    model = load_base_model(given, torch.float32, torch.device("cpu"))
+    model = load_base_model(given, torch.float32, torch.device("cpu"), load_tokenizer(given))
     flat = not layout.startswith("padded")
     if flat:
         assert segments_work(model, 512) == (True, "")
@@ -181,7 +182,8 @@ def test_n7_every_architecture_trains_flat_as_it_does_padded(name: str) -> None:
     ids = torch.randint(3, 500, (sum(lengths),), generator=generator)
     cuts = torch.split(ids, lengths)
     for segments in (True, False):
-        model = load_base_model(ModelArguments(model_name_or_path=path), torch.float32, torch.device("cpu"))
+        given = ModelArguments(model_name_or_path=path)
+        model = load_base_model(given, torch.float32, torch.device("cpu"), load_tokenizer(given))
         if segments:
             assert segments_work(model, 512) == (True, "")
             assert model.config._attn_implementation == SEGMENTS

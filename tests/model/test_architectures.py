@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import SHARED, tunesmith
 from tunesmith.config.load import load_config
+from tunesmith.model.tokenizer import read_tokenizer
 from tunesmith.serve.chat import load_tuned
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
@@ -60,7 +61,7 @@ def test_train_save_go_on_load(name: str, text: Path, tmp_path: Path) -> None:
     settings, _ = load_config(run / "config.yaml")
     ids = torch.arange(5, 45)[None]
     with torch.no_grad():
-        ours = load_tuned(run, settings.model, torch.float32, torch.device("cpu"))(ids).logits
+        ours = load_tuned(run, settings.model, read_tokenizer(run), torch.float32, torch.device("cpu"))(ids).logits
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         before = base(ids).logits
         theirs = PeftModel.from_pretrained(base, run).eval()(ids).logits

@@ -16,8 +16,9 @@ from tests.conftest import tunesmith
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapter import load_trainable_params, save_finished, save_trainable, trainable_parameters
-from tunesmith.model.lineage import ancestors
+from tunesmith.model.lineage import line_of
 from tunesmith.model.load import load_base_model
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.tuning import init_adapter
 
 IDS = torch.arange(3, 43)[None]
@@ -41,8 +42,9 @@ def shaken(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 def tuned(
     model: Path, earlier: Sequence[Path] = (), resume: bool = True, seed: int | None = None, **values: Any
 ) -> torch.nn.Module:
-    line = ancestors(ModelArguments(model_name_or_path=str(model), checkpoint_dir=tuple(map(str, earlier))))
-    made = init_adapter(load(model), FinetuningArguments(**values), str(model), line, resume)
+    folders = tuple(map(str, earlier))
+    args = ModelArguments(model_name_or_path=str(model), checkpoint_dir=folders, resume_lora_training=resume)
+    made = init_adapter(load(model), FinetuningArguments(**values), str(model), line_of(args))
     return made.eval() if seed is None else shaken(made, seed)
 
 
@@ -135,9 +137,9 @@ def test_what_cannot_go_on(tiny_model: Path, two: tuple[Path, Path], tmp_path: P
         tuned(tiny_model, [pickled])
     for name, words in ((str(tmp_path / "none"), "no such folder"), (str(tmp_path), "holds neither")):
         with pytest.raises(ModelError, match=words):
-            ancestors(ModelArguments(model_name_or_path="m", checkpoint_dir=(name,)))
+            line_of(ModelArguments(model_name_or_path="m", checkpoint_dir=(name,)))
     with pytest.raises(ModelError, match="only be the first entry"):
-        ancestors(ModelArguments(model_name_or_path="m", checkpoint_dir=(str(two[0]), str(tiny_model))))
+        line_of(ModelArguments(model_name_or_path="m", checkpoint_dir=(str(two[0]), str(tiny_model))))
 
 
 @pytest.mark.parametrize(
@@ -148,16 +150,22 @@ def test_adapters_stay_beside_on_a_quantised_base(
 ) -> None:
     """Nothing is merged into rounded weights; the finished adapter is the sum of both on the same base."""
     args = ModelArguments(model_name_or_path=str(tiny_model), checkpoint_dir=tuple(map(str, two)), **values)
-    model = init_adapter(load_base_model(args, torch.float32, CPU), FinetuningArguments(), "base", ancestors(args)).eval()
+    model = init_adapter(
+        load_base_model(args, torch.float32, CPU, load_tokenizer(args)), FinetuningArguments(), "base", line_of(args)
+    ).eval()
     assert set(model.peft_config) == {"default", "beneath0"}  # type: ignore[arg-type]
     assert all(".default." in name for name in trainable_parameters(model))
-    hand: Any = PeftModel.from_pretrained(load_base_model(args, torch.float32, CPU), two[0], adapter_name="a")
+    hand: Any = PeftModel.from_pretrained(
+        load_base_model(args, torch.float32, CPU, load_tokenizer(args)), two[0], adapter_name="a"
+    )
     hand.load_adapter(str(two[1]), adapter_name="b")
     hand.base_model.set_adapter(["a", "b"])
     torch.testing.assert_close(logits(model), logits(hand.eval()), atol=1e-5, rtol=1e-5)
     (tmp_path / "out").mkdir()
     save_finished(shaken(model, 6), tmp_path / "out")
-    plain: Any = PeftModel.from_pretrained(load_base_model(args, torch.float32, CPU), tmp_path / "out").eval()
+    plain: Any = PeftModel.from_pretrained(
+        load_base_model(args, torch.float32, CPU, load_tokenizer(args)), tmp_path / "out"
+    ).eval()
     torch.testing.assert_close(logits(plain), logits(model), atol=1e-4, rtol=1e-4)
 
 

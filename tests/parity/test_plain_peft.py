@@ -38,7 +38,7 @@ def test_same_logits_elsewhere(settings: dict[str, Any], write_config: Any) -> N
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
     config, _ = load_config(run / "config.yaml")
-    model = load_tuned(run, config.model, torch.float32, torch.device("cpu"))
+    model = load_tuned(run, config.model, read_tokenizer(run), torch.float32, torch.device("cpu"))
     with torch.no_grad():
         ours = model(**read_tokenizer(str(run))(text, return_tensors="pt")).logits[0]
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), ours, rtol=0, atol=0)

@@ -39,6 +39,10 @@ def _bare_no(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _null_is_no(value: Any) -> Any:
+    return False if value is None else value
+
+
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_bare_no)]
 """When to do something. YAML reads a bare ``no`` as false; both are understood."""
 
@@ -69,13 +73,19 @@ class ModelArguments(Arguments):
 
     model_name_or_path: str = Field(
         min_length=1,
-        description="Model folder, hub id (org/name), or a built-in model: builtin:smollm2-135m.",
+        description="Model folder, GGUF file, run folder, hub id (org/name; ms:org/name: of ModelScope), or a built-in model: "
+        "builtin:smollm2-135m. An adapter is merged into its base.",
     )
     model_revision: str = Field("main", description="Branch, tag or commit of a hub model.")
     cache_dir: str | None = Field(None, description="Where hub downloads are kept; the hub library's own place if unset.")
-    use_auth_token: bool = Field(False, description="Send the stored hub token; needed for private or gated models.")
+    use_auth_token: bool | None = Field(
+        None, description="true: the stored hub token (or HF_TOKEN) must be sent; false: never. Unset: if there is one."
+    )
     use_fast_tokenizer: bool = Field(True, description="Use the Rust tokenizer. Loss masks need its character offsets.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for code you read.")
+    trust_remote_code: Annotated[bool, BeforeValidator(_null_is_no)] = Field(
+        False,
+        description="Run Python code that comes with model_name_or_path, and with nothing else. Only for code you have read.",
+    )
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
         description="Arithmetic of the forward and backward pass. auto: bf16 where the processor multiplies it natively, "
@@ -106,6 +116,12 @@ class ModelArguments(Arguments):
         True,
         description="Train the last adapter of checkpoint_dir on. false: a new adapter on top of it. Earlier ones are merged "
         "into the base, or kept beside if it is quantised.",
+    )
+    add_tokens: NameList = Field((), description="Tokens added to the tokenizer; their rows are learned with the adapter.")
+    add_special_tokens: NameList = Field((), description="The same for special tokens, which decoding can leave out.")
+    resize_vocab: bool = Field(
+        False,
+        description="Give rows to a tokenizer that has more tokens than the model. Tokens that are added have them anyway.",
     )
     plot_loss: bool = Field(True, description="Draw training_loss.png from the log at the end of the run.")
 

@@ -17,7 +17,16 @@ import yaml
 from pydantic import ValidationError
 
 from tunesmith.config.arguments import SECTIONS, Arguments, DataArguments, GeneratingArguments, ModelArguments, RunConfig
-from tunesmith.config.rules import NICKNAMES, NO_EFFECT, ONE_SHOT, UNSUPPORTED, violations
+from tunesmith.config.rules import (
+    ALIAS_VALUES,
+    ALIASES,
+    NICKNAMES,
+    NO_EFFECT,
+    ONE_SHOT,
+    REFUSED_VALUES,
+    UNSUPPORTED,
+    violations,
+)
 from tunesmith.errors import ConfigError
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")}
@@ -68,6 +77,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     if path is not None:
         read_file(Path(path), raw)
     read_overrides(overrides, raw)
+    take_aliases(raw)
     notices = take_no_effect(raw)
     notices += _prefer_resuming(raw)
     sections = parse_sections(raw, SECTIONS)
@@ -95,6 +105,7 @@ def load_model_settings(
     """Settings for using a model without a run: only those three sections. Raises ConfigError as ``load_config`` does."""
     raw = RawConfig(values={"model_name_or_path": name_or_path})
     read_overrides(overrides, raw)
+    take_aliases(raw)
     wanted: dict[str, type[Arguments]] = {"model": ModelArguments, "data": DataArguments, "generating": GeneratingArguments}
     parsed = parse_sections(raw, wanted)
     if raw.problems:
@@ -221,6 +232,20 @@ def read_overrides(overrides: Sequence[str], raw: RawConfig) -> None:
             raw.put(key, None if node is None else _construct(node), f"argument {key}")
         except ConfigError:
             raw.put(key, value, f"argument {key}")
+
+
+def take_aliases(raw: RawConfig) -> None:
+    """Put values of other toolkits' keys under the names that mean the same here."""
+    for alias, key in ALIASES.items():
+        if alias not in raw.values:
+            continue
+        value, where = raw.values.pop(alias), raw.places.get(alias, "")
+        if key in raw.values:
+            raw.problems.append(Problem(where, alias, f"says the same as {key}, which is given too; keep one"))
+        elif isinstance(value, str) and (alias, value) in REFUSED_VALUES:
+            raw.problems.append(Problem(where, alias, REFUSED_VALUES[alias, value]))
+        else:
+            raw.put(key, ALIAS_VALUES.get((alias, value), value) if isinstance(value, str) else value, where)
 
 
 def take_no_effect(raw: RawConfig) -> list[str]:

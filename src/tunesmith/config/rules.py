@@ -23,6 +23,22 @@ NO_EFFECT = {
 }
 """Keys of other toolkits that cannot change a result here: accepted with a notice that says why."""
 
+ALIASES = {
+    "flash_attn": "attn_implementation",
+    "new_special_tokens": "add_special_tokens",
+}
+"""Keys of other toolkits that say the same as a key here."""
+
+ALIAS_VALUES = {("flash_attn", "disabled"): "eager"}
+"""(key, value) of another toolkit -> value here, where the two differ."""
+
+REFUSED_VALUES = {
+    ("flash_attn", value): f"{value} is not used here; flash_attn: auto computes rows end to end without padding, with torch's "
+    "own kernels"
+    for value in ("fa2", "fa3")
+}
+"""(key, value) of another toolkit -> what to use instead."""
+
 UNSUPPORTED = {
     "adapter_name_or_path": "is called checkpoint_dir here",
     "create_new_adapter": "create_new_adapter: true is resume_lora_training: false here",
@@ -32,7 +48,6 @@ UNSUPPORTED = {
     "freeze_trainable_layers": "is called num_layer_trainable here",
     "freeze_trainable_modules": "is called name_module_trainable here",
     "finetuning_args": "the keys stand on their own, without nesting",
-    "flash_attn": "use attn_implementation: auto, sdpa or eager",
     "fsdp": "runs use one process in this version",
     "padding_side": "training batches have no padding; remove the key",
     "predict_with_generate": "generation during evaluation is not supported in this version",

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data import repository
 from tunesmith.data.files import ending
 from tunesmith.data.json_rows import Item
+from tunesmith.data.repository import NotFetched, Repository, first_line
 from tunesmith.data.table_rows import batch_rows
 from tunesmith.errors import DataError
-
-PREFIX = {"hf_hub": "hf:", "ms_hub": "ms:"}
-"""How the configuration and messages name a set of each hub."""
-HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-"""Name of a data set repository."""
 
 _ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 _PATTERNS = [f"*{kind}{packed}" for kind in _ENDINGS for packed in ("", ".gz", ".zst")]
@@ -44,11 +41,13 @@ def fetch(attr: DatasetAttr) -> Path:
         DataError: no such set or revision, no access, no connection; says what else can be done.
     """
     name = attr.hub_url or ""
-    if not HUB_NAME.fullmatch(name):
-        raise DataError(f"data set {attr.dataset_name!r}: {name!r} is no name on a hub; expected org/name")
+    hub: Literal["hf_hub", "ms_hub"] = "hf_hub" if attr.load_from == "hf_hub" else "ms_hub"
     inside = f"{_inner_folder(attr)}/" if attr.folder else ""
     patterns = ["README.md", *(inside + pattern for pattern in _PATTERNS)]
-    return Path(_from_hf(name, attr, patterns) if attr.load_from == "hf_hub" else _from_modelscope(name, attr, patterns))
+    try:
+        return repository.fetch(Repository(hub, name, "dataset", attr.revision), patterns)
+    except NotFetched as error:
+        raise DataError(f"{error}.\n{_ways_on(name)}") from None
 
 
 def _inner_folder(attr: DatasetAttr) -> str:
@@ -56,45 +55,6 @@ def _inner_folder(attr: DatasetAttr) -> str:
     if folder.is_absolute() or ".." in folder.parts or "://" in str(attr.folder) or "\\" in str(attr.folder):
         raise DataError(f"data set {attr.dataset_name!r}: folder {attr.folder!r} leaves the set; expected a path inside it")
     return str(folder)
-
-
-def _from_hf(name: str, attr: DatasetAttr, patterns: list[str]) -> str:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    label = f"hf:{name}" + (f"@{attr.revision}" if attr.revision else "")
-    try:
-        return huggingface_hub.snapshot_download(name, repo_type="dataset", revision=attr.revision, allow_patterns=patterns)
-    except errors.GatedRepoError:
-        reason = "its owner lets only people in who accepted the terms; accept them on its page and set HF_TOKEN"
-    except errors.RevisionNotFoundError:
-        reason = f"has no revision {attr.revision!r}; give a branch, tag or commit that exists"
-    except errors.RepositoryNotFoundError:
-        reason = "there is no such data set, or it is private and HF_TOKEN is not set; check the spelling"
-    except errors.LocalEntryNotFoundError as error:
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = (
-            "not in the cache, and HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached: {_first_line(error)}"
-        )
-    except Exception as error:  # failures of the transport have no public class
-        reason = f"cannot be fetched: {_first_line(error)}"
-    raise DataError(f"{label}: {reason}.\n{_ways_on(name)}")
-
-
-def _from_modelscope(name: str, attr: DatasetAttr, patterns: list[str]) -> str:
-    try:
-        from modelscope import dataset_snapshot_download
-    except ImportError:
-        raise DataError(f'ms:{name}: sets of ModelScope need its client: pip install "tunesmith[modelscope]"') from None
-    try:
-        return dataset_snapshot_download(name, revision=attr.revision, allow_patterns=patterns)
-    except Exception as error:  # the client has no common error class
-        raise DataError(f"ms:{name}: cannot be fetched: {_first_line(error)}.\n{_ways_on(name)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _ways_on(name: str) -> str:
@@ -159,7 +119,7 @@ def _find_builder(datasets: Any, folder: Path, attr: DatasetAttr, name: str) -> 
     try:
         return datasets.load_dataset_builder(str(folder), name=attr.subset, data_dir=inner)
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: holds no data files that are read ({', '.join(_ENDINGS)}): {_first_line(error)}") from None
+        raise DataError(f"{name}: holds no data files that are read ({', '.join(_ENDINGS)}): {first_line(error)}") from None
     except Exception as error:  # a card can trip the library in many ways
         names = _subsets(datasets, folder)
         if len(names) > 1 and attr.subset not in names:
@@ -168,7 +128,7 @@ def _find_builder(datasets: Any, folder: Path, attr: DatasetAttr, name: str) -> 
         if attr.subset and names and attr.subset not in names:
             raise DataError(f"{name}: no subset {attr.subset!r}; it has only {names[0]!r}, so remove subset") from None
         raise DataError(
-            f"{name}: what it holds cannot be made out: {_first_line(error)}. Fetch its files and give a path as dataset"
+            f"{name}: what it holds cannot be made out: {first_line(error)}. Fetch its files and give a path as dataset"
         ) from None
 
 
@@ -186,7 +146,7 @@ def _read_split(builder: Any, attr: DatasetAttr, name: str, skip: int) -> Iterat
             rows = builder.as_dataset(split=attr.split)
         except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
             raise DataError(
-                f"{name}: its files cannot be read: {_first_line(error.__cause__ or error)}. To find the row, fetch the file "
+                f"{name}: its files cannot be read: {first_line(error.__cause__ or error)}. To find the row, fetch the file "
                 "and give its path as dataset: then the line is named"
             ) from None
     yield from batch_rows(rows.with_format("arrow").iter(batch_size=_BATCH), skip)
@@ -222,7 +182,7 @@ def _check_cards(folder: Path, name: str) -> None:
         try:
             described = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise DataError(f"{name}: the header of {card} is not valid YAML: {_first_line(error)}") from None
+            raise DataError(f"{name}: the header of {card} is not valid YAML: {first_line(error)}") from None
         configs = described.get("configs") if isinstance(described, dict) else None
         for pattern in _texts([[c.get("data_files"), c.get("data_dir")] for c in configs or () if isinstance(c, dict)]):
             path = PurePosixPath(pattern)

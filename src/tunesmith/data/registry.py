@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from tunesmith.config.arguments import DatasetAttr
 from tunesmith.data.files import ending
-from tunesmith.data.hub import HUB_NAME, PREFIX
+from tunesmith.data.repository import HUB_NAME, PREFIX, prefers_modelscope
 from tunesmith.errors import DataError
 
 REGISTRY_NAME = "dataset_info.json"
@@ -244,7 +244,7 @@ def _place(entry: Mapping[str, Any], path: Path, where: str) -> dict[str, Any]:
         if not hubs or (path.parent / name).exists():
             return {"file_name": name}
     if hubs:
-        wanted = "ms_hub_url" if os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes", "y") else "hf_hub_url"
+        wanted = "ms_hub_url" if prefers_modelscope() else "hf_hub_url"
         key = wanted if wanted in hubs else hubs[0]
         if not isinstance(entry[key], str) or not HUB_NAME.fullmatch(entry[key]):
             raise DataError(f"{where}: {key}: expected org/name, found {entry[key]!r}")

@@ -14,6 +14,7 @@ from tunesmith.data.files import folder_files, read_file
 from tunesmith.data.json_rows import Item
 from tunesmith.data.problem import BadRow, RowProblem
 from tunesmith.data.registry import check_file_name
+from tunesmith.data.repository import PREFIX
 from tunesmith.errors import DataError
 from tunesmith.types import Source
 
@@ -99,7 +100,7 @@ def _label_rows(attr: DatasetAttr, parts: Sequence[_Part], skip: int, limit: int
 def _layout(attr: DatasetAttr, dataset_dir: str) -> hub.Layout | None:
     """The set as ``datasets`` sees it: one of a hub, or a folder of which a split, subset or inner folder is asked for."""
     if attr.load_from != "file":
-        return hub.open_layout(hub.fetch(attr), attr, f"{hub.PREFIX[attr.load_from]}{attr.hub_url}")
+        return hub.open_layout(hub.fetch(attr), attr, f"{PREFIX[attr.load_from]}{attr.hub_url}")
     path = _locate(attr, dataset_dir)
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     asked = attr.subset or attr.folder or "split" in attr.model_fields_set

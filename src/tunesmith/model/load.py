@@ -10,24 +10,85 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
+from tunesmith.model.adapter import load_finished
 from tunesmith.model.forward import segments_work
+from tunesmith.model.library import quiet_library
+from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised, quantisation
-from tunesmith.model.tokenizer import hub_options, library_error, model_path
+from tunesmith.model.source import Source, locate
+from tunesmith.model.tokenizer import library_error, load_tokenizer, read_tokenizer
+from tunesmith.model.vocabulary import align_special_tokens, fit_vocabulary
 
 log = logging.getLogger(__name__)
 
 
-def load_base_model(args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model on ``device`` in ``dtype``, in evaluation mode, on the attention that the arguments ask for.
+def load_pretrained(
+    args: ModelArguments, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of ``model_name_or_path``, made to fit each other.
+
+    A model folder, a hub id, a GGUF file, ``builtin:...``, or the result of a run; an adapter is merged into its base.
+
+    Args:
+        args: which, and how.
+        dtype: of the weights; what ``compute_dtype`` means on the device if None.
+        device: where to; the accelerator if there is one, if None.
 
     Raises:
-        ModelError: missing, damaged, pickled or unknown weights, or code that was not allowed to run.
+        ModelError: it is not there, cannot be loaded, or must not be (pickles, code that was not allowed, damaged files).
+    """
+    quiet_library()
+    device = device or pick_device()
+    tokenizer = load_tokenizer(args)
+    return load_base_model(args, dtype or resolve_dtype(args.compute_dtype, device), device, tokenizer), tokenizer
+
+
+def load_base_model(
+    args: ModelArguments, dtype: torch.dtype, device: torch.device, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model of ``model_name_or_path`` on ``device`` in ``dtype``, in evaluation mode, on the attention asked for.
+
+    Every token of ``tokenizer`` has a row in it, and its configurations end and pad as the tokenizer does.
+
+    Raises:
+        ModelError: missing, damaged, pickled or unknown weights, code that was not allowed to run, or a tokenizer that does
+            not belong to the model.
     """
     attention.register()
-    path = model_path(args)
-    options = hub_options(args, path)
+    source = locate(args)
+    if source.adapter and args.quantization_bit:
+        raise ModelError(
+            f"quantization_bit: {source.adapter} would have to be merged into weights of few bits, which rounds it; name its "
+            f"base {source.path} as model_name_or_path, and the adapter as checkpoint_dir"
+        )
+    model = _from_folder(source, args, torch.float32 if source.adapter else dtype, device)
+    if source.adapter:
+        log.info("%s is merged into its base, %s", source.adapter, source.path)
+        fit_vocabulary(model, read_tokenizer(source.tokenizer), _known(tokenizer, source, model, args), resize=True)
+        model = load_finished(model, source.adapter).merge_and_unload().to(dtype)  # type: ignore[operator]
+    fit_vocabulary(model, tokenizer, _known(tokenizer, source, model, args), args.resize_vocab)
+    align_special_tokens(model, tokenizer)
+    quantised = is_quantised(model)
+    if args.upcast_layernorm or (args.upcast_layernorm is None and quantised):
+        norms_to_float(model, args.layer_norm_names)
+    return (model if quantised else model.to(device)).eval()
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, source: Source, model: PreTrainedModel, args: ModelArguments) -> int:
+    """How many tokens the model was trained with; its own tokenizer is asked where that may not be all of ``tokenizer``."""
+    if len(tokenizer) == model.get_input_embeddings().num_embeddings and not (args.add_tokens or args.add_special_tokens):
+        return len(tokenizer)
+    return len(read_tokenizer(source.path, source.trusted))
+
+
+def _from_folder(source: Source, args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    path = source.path
     try:
-        config = AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=source.trusted)
+        text = config.get_text_config()
+        pad = getattr(text, "pad_token_id", None)
+        if pad is not None and not 0 <= pad < text.vocab_size:  # -1 in old files; no row of the embedding
+            text.pad_token_id = None
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -35,8 +96,8 @@ def load_base_model(args: ModelArguments, dtype: torch.dtype, device: torch.devi
             use_safetensors=True,
             attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
             output_loading_info=True,
+            trust_remote_code=source.trusted,
             **quantisation(args, dtype, device),
-            **options,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise library_error("model", path, error) from error
@@ -47,7 +108,10 @@ def load_base_model(args: ModelArguments, dtype: torch.dtype, device: torch.devi
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{path}: the weights lack {len(info['missing_keys'])} tensors of the architecture: {names}")
-    return (model if is_quantised(model) else model.to(device)).eval()
+    if info["unexpected_keys"]:
+        names = ", ".join(sorted(info["unexpected_keys"])[:3])
+        log.warning("%s: %d tensors have no place in the model and are left out: %s", path, len(info["unexpected_keys"]), names)
+    return model
 
 
 def prepare_flat(model: PreTrainedModel, args: ModelArguments, longest: int) -> bool:
@@ -58,12 +122,3 @@ def prepare_flat(model: PreTrainedModel, args: ModelArguments, longest: int) -> 
     if not works:
         log.warning("rows are padded for this model: %s", reason)
     return works
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError when the tokenizer has ids that the model's embedding does not."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; they do not belong together"
-        )

@@ -1,56 +1,122 @@
-"""Finds models and loads tokenizers, without the libraries that models need: what looks at data starts in half the time."""
+"""Loads tokenizers and repairs them, without the libraries that models need: what looks at data starts in half the time."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
-from tunesmith.model import builtin
+from tunesmith.model.files import CONFIG, read_json, vocabulary_size
+from tunesmith.model.source import Source, locate
+
+log = logging.getLogger(__name__)
+
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes, by the library's newer and older name, that add nothing to ``tokenizer.json``."""
+
+_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+"""End-of-sequence tokens of model families, those that end a turn first."""
 
 
-def model_path(args: ModelArguments) -> str:
-    """Folder or hub id of the base model; a built-in one is fetched if need be. Raises ModelError."""
-    path = builtin.resolve(args.model_name_or_path)
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(f"model_name_or_path: {path} has no config.json, so it is not a model folder")
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise ModelError(f"model_name_or_path: no such folder: {path}")
-    return path
-
-
-def hub_options(args: ModelArguments, path: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``: those of the hub only where ``path`` is no folder."""
-    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    if not Path(path).is_dir():
-        options.update(revision=args.model_revision, cache_dir=args.cache_dir, token=args.use_auth_token or None)
-    return options
-
-
-def library_error(what: str, path: str, error: Exception) -> ModelError:
+def library_error(what: str, path: str | Path, error: Exception) -> ModelError:
     """What went wrong when the library loaded something, in a line."""
     reason = str(error).strip().splitlines()
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"cannot load the {what} of {path}: it comes as Python code beside the weights, which is not run; if you have read "
+            "it, set trust_remote_code: true (it holds for model_name_or_path alone)"
+        )
     return ModelError(f"cannot load the {what} of {path}: {reason[0] if reason else type(error).__name__}")
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token. Raises ModelError when it cannot be loaded."""
-    path = model_path(args)
-    return read_tokenizer(path, **hub_options(args, path))
+    """The tokenizer of ``model_name_or_path``, repaired, with the tokens that the arguments add.
+
+    Weights of a hub are not fetched for it; those of a folder are looked at.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not fit the model's vocabulary.
+    """
+    source = locate(args, weights=False)
+    tokenizer = read_tokenizer(source.tokenizer, source.trusted)
+    if not args.resize_vocab:
+        _check_vocabulary(tokenizer, source)
+    _add_tokens(tokenizer, args)
+    return tokenizer
 
 
-def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a folder, a run's among them. Raises ModelError when it cannot be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise library_error("tokenizer", path, error) from error
+        loader = PreTrainedTokenizerFast if _is_generic(Path(folder)) else AutoTokenizer
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # a damaged tokenizer.json raises bare exceptions of the Rust library
+        raise library_error("tokenizer", folder, error) from error
+    repair_end_token(tokenizer, Path(folder))
     repair_pad_token(tokenizer)
     return tokenizer
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether ``tokenizer.json`` is all of the tokenizer, as its configuration says.
+
+    The library would take the class of the model's kind all the same, and put that kind's way of splitting text in the place
+    of the file's: other tokens, without a word.
+    """
+    if not ((folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file()):
+        return False
+    config = read_json(folder / "tokenizer_config.json")
+    return config.get("tokenizer_class") in _GENERIC and not config.get("auto_map")
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+    size = vocabulary_size(read_json(source.path / CONFIG))
+    if size is not None and len(tokenizer) > size and source.tokenizer == source.path:
+        raise ModelError(
+            f"{source.path}: the tokenizer has {len(tokenizer)} tokens, vocab_size in {CONFIG} is {size}; they do not belong "
+            "together. Where tokens were added to the tokenizer on purpose, resize_vocab: true gives them rows"
+        )
+
+
+# ---- added tokens
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
+    known = tokenizer.get_vocab()
+    if there := [token for token in (*args.add_tokens, *args.add_special_tokens) if token in known]:
+        log.warning("already tokens of this model, and trained on as they are: %s", ", ".join(there))
+    tokenizer.add_tokens(list(args.add_tokens))
+    tokenizer.add_tokens(list(args.add_special_tokens), special_tokens=True)
+
+
+def added_token_ids(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that the arguments add, sorted; rows of the embedding that must be learned."""
+    return sorted({tokenizer.convert_tokens_to_ids(token) for token in (*args.add_tokens, *args.add_special_tokens)})
+
+
+# ---- repairs
+
+
+def repair_end_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """If the tokenizer has no end-of-sequence token, give it the one that the model's files name, or that families use."""
+    if tokenizer.eos_token is not None:
+        return
+    for name in ("generation_config.json", CONFIG):
+        if not (folder / name).is_file():
+            continue
+        ids = read_json(folder / name).get("eos_token_id")
+        number = ids[0] if isinstance(ids, list) and ids else ids
+        if type(number) is int and 0 <= number < len(tokenizer):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
+            log.warning("the tokenizer names no end-of-sequence token; %s does: %s", name, tokenizer.eos_token)
+            return
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if found := next((end for end in _ENDS if end in special), None):
+        tokenizer.eos_token = found
+        log.warning("the tokenizer names no end-of-sequence token; taken: %s", found)
 
 
 def repair_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from tunesmith.config.arguments import FinetuningArguments
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import Factors, load_adapter_weights, own_factors, set_beneath
-from tunesmith.model.lineage import Ancestor, continued_config, joins, merge, put_weights, stay
+from tunesmith.model.lineage import NOTHING, Line, continued_config, joins, merge, stay
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.targets import check_modules, expert_parameters, resolve_targets, trainable_in_layers
 
@@ -26,8 +25,8 @@ def init_adapter(
     model: PreTrainedModel,
     args: FinetuningArguments,
     base_name: str,
-    line: Sequence[Ancestor] = (),
-    resume: bool = True,
+    line: Line = NOTHING,
+    rows: Mapping[str, list[int]] | None = None,
 ) -> torch.nn.Module:
     """Make the model trainable as ``finetuning_type`` says, going on from what was trained before.
 
@@ -37,24 +36,23 @@ def init_adapter(
         model: the base.
         args: what is trained.
         base_name: noted in the adapter's configuration as the model it belongs to.
-        line: what was trained before, in order; a whole model among it was loaded as the base.
-        resume: whether the last adapter of the line is trained on, or a new one on top of it.
+        line: what was trained before; a whole model among it was loaded as the base.
+        rows: name of a layer -> ids of tokens whose rows are learned with the adapter (``vocabulary.trainable_rows``).
 
     Raises:
         ConfigError: a layer, module or option that does not exist; or nothing is to be trained.
         ModelError: what was trained before does not fit the model.
     """
-    put_weights(model, line)
-    folders = [ancestor.path for ancestor in line if ancestor.kind == "adapter"]
+    line.put_weights(model)
     match args.finetuning_type:
         case "none":
             raise ConfigError("finetuning_type: none trains nothing; choose lora, freeze, full or peft to train")
         case "lora" | "peft":
-            return _with_adapters(model, args, base_name, folders, resume)
-    if folders:
+            return _with_adapters(model, args, base_name, line, rows)
+    if line.adapters:
         raise ConfigError(
-            f"checkpoint_dir: {folders[0]} is an adapter, and finetuning_type: {args.finetuning_type} trains the model's own "
-            "weights; export the adapter, and give the export as model_name_or_path"
+            f"checkpoint_dir: {line.adapters[0]} is an adapter, and finetuning_type: {args.finetuning_type} trains the model's "
+            "own weights; export the adapter, and give the export as model_name_or_path"
         )
     if args.finetuning_type == "full":
         model.float().requires_grad_(True)
@@ -63,10 +61,10 @@ def init_adapter(
 
 
 def _with_adapters(
-    model: PreTrainedModel, args: FinetuningArguments, base_name: str, folders: Sequence[Path], resume: bool
+    model: PreTrainedModel, args: FinetuningArguments, base_name: str, line: Line, rows: Mapping[str, list[int]] | None
 ) -> PeftModel:
-    goes_on = folders[-1] if folders and resume else None
-    earlier = [folder for folder in folders if folder != goes_on]
+    goes_on = line.adapters[-1] if line.adapters and line.resume else None
+    earlier = line.adapters[:-1] if goes_on else line.adapters
     model.requires_grad_(False)
     beneath: list[Factors] = []
     stays = is_quantised(model)
@@ -77,6 +75,8 @@ def _with_adapters(
         config = continued_config(goes_on, args)
     else:
         config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
+        if rows:
+            _learn_rows(config, rows)
     if (beneath or (stays and earlier)) and not (isinstance(config, LoraConfig) and joins(config)):
         raise ConfigError("checkpoint_dir: on top of an adapter only plain LoRA can be trained; export the adapter first")
     tuned = adapted(model, config, base_name)
@@ -163,6 +163,13 @@ def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConf
         return cls(**_only(cls, task_type="CAUSAL_LM", **({"modules_to_save": modules} if modules else {}), **values))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft_args: {args.peft_method}: {str(error).splitlines()[0]}") from error
+
+
+def _learn_rows(config: PeftConfig, rows: Mapping[str, list[int]]) -> None:
+    """Learn these rows of embedding and head beside the adapters. Raises ConfigError where the method cannot."""
+    if not hasattr(config, "trainable_token_indices"):
+        raise ConfigError("add_tokens: the rows of new tokens cannot be learned beside adapters of this peft_method; use lora")
+    config.trainable_token_indices = dict(rows)
 
 
 def _only(cls: type[PeftConfig], **values: Any) -> dict[str, Any]:

@@ -23,11 +23,13 @@ from tunesmith.data.named import use_template
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.generate.engine import ChatEngine
-from tunesmith.model.adapter import ADAPTER_CONFIG, load_finished
+from tunesmith.model.adapter import load_finished
+from tunesmith.model.files import ADAPTER_CONFIG
 from tunesmith.model.library import quiet_library
-from tunesmith.model.load import load_base_model
+from tunesmith.model.lineage import line_of
+from tunesmith.model.load import load_base_model, load_pretrained
 from tunesmith.model.precision import pick_device, resolve_dtype
-from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
+from tunesmith.model.tokenizer import read_tokenizer
 from tunesmith.train.runfolder import CONFIG, is_finished
 from tunesmith.types import Message
 
@@ -70,20 +72,21 @@ def load_chat(target: str, overrides: Sequence[str] = ()) -> Chat:
     if useless := [key for key in asked if key in refused]:
         raise ConfigError(f"{', '.join(useless)}: settings of training; chat takes those of the model and of generation")
     if not (run / CONFIG).is_file():
-        if (run / ADAPTER_CONFIG).is_file():
-            raise ModelError(f"{run}: an adapter without {CONFIG}; its base model is not known")
         model_args, data, generating = load_model_settings(target, overrides)
-        tokenizer = load_tokenizer(model_args)
+        plain, tokenizer = load_pretrained(model_args)
         for note in use_template(tokenizer, data.template):
             log.warning(note)
-        plain = load_base_model(model_args, resolve_dtype(model_args.compute_dtype, device), device)
         return _chat(plain, tokenizer, data, generating, data.template_date)
     if not is_finished(run):
         raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
     config, _ = load_config(run / CONFIG, overrides)
-    tuned = load_tuned(run, config.model, resolve_dtype(config.compute_dtype, device), device)
+    model_args = config.model
+    if "trust_remote_code" not in asked:  # a run folder may come from elsewhere; its word is not the user's
+        model_args = model_args.model_copy(update={"trust_remote_code": False})
+    tokenizer = read_tokenizer(str(run))
+    tuned = load_tuned(run, model_args, tokenizer, resolve_dtype(config.compute_dtype, device), device)
     day = config.data.template_date if "template_date" in asked else None  # the run's own day is over
-    return _chat(tuned, read_tokenizer(str(run)), config.data, config.generating, day)
+    return _chat(tuned, tokenizer, config.data, config.generating, day)
 
 
 def _chat(
@@ -98,11 +101,16 @@ def _chat(
     return Chat(ChatEngine(model, tokenizer, day, data.template_options), generating, data.default_system)
 
 
-def load_tuned(run: Path, args: ModelArguments, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_tuned(
+    run: Path, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
     """The result of a run: its adapter on the base model, or its own weights. Raises ModelError."""
     if (run / ADAPTER_CONFIG).is_file():
-        return load_finished(load_base_model(args, dtype, device), run)
-    return load_base_model(args.model_copy(update={"model_name_or_path": str(run)}), dtype, device)
+        line = line_of(args)
+        base = load_base_model(line.on(args), dtype, device, tokenizer)
+        line.put_weights(base)
+        return load_finished(base, run)
+    return load_base_model(args.model_copy(update={"model_name_or_path": str(run)}), dtype, device, tokenizer)
 
 
 def answer_once(chat: Chat, prompt: str) -> None:

@@ -19,15 +19,17 @@ from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream, load_stream
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
+from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import count_parameters, save_finished, stop_at
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
-from tunesmith.model.lineage import ancestors
-from tunesmith.model.load import check_vocabulary, load_base_model, prepare_flat
-from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
-from tunesmith.model.quantize import is_quantised
-from tunesmith.model.tokenizer import load_tokenizer, model_path
+from tunesmith.model.lineage import line_of
+from tunesmith.model.load import load_base_model, prepare_flat
+from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.model.source import locate
+from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
 from tunesmith.model.tuning import init_adapter
+from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
@@ -65,33 +67,35 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         TunesmithError: whatever is wrong with data, model or settings.
     """
     quiet_library()
-    tokenizer = load_tokenizer(config.model)
+    line = line_of(config.model)
+    model_args = line.on(config.model)
+    source = locate(model_args)
+    if source.adapter and config.finetuning.finetuning_type == "lora":
+        raise ConfigError(
+            f"model_name_or_path: {source.adapter} is an adapter, and one on top of it would have a base that exists nowhere; "
+            f"set model_name_or_path: {source.path} and checkpoint_dir: {source.adapter}"
+        )
+    tokenizer = load_tokenizer(model_args)
     for note in use_template(tokenizer, config.data.template):
         reporter.note(f"note: {note}")
     for sentence in no_effect(tokenizer, config.data.template_options):
         reporter.note(f"warning: {sentence}")
     report = DataReport()
     train, held_out = load_rows(config, tokenizer, report)
-    for line in report.found if isinstance(train, ExampleStream) else report.lines():
-        reporter.note(f"data: {line}")
+    for sentence in report.found if isinstance(train, ExampleStream) else report.lines():
+        reporter.note(f"data: {sentence}")
 
     set_seed(config.training.seed)
     device = pick_device()
     dtype = resolve_dtype(config.compute_dtype, device)
     full = config.finetuning.finetuning_type == "full"
-    earlier = ancestors(config.model)
-    source = config.model
-    if earlier and earlier[0].kind == "model":
-        source = source.model_copy(update={"model_name_or_path": str(earlier[0].path)})
-    base = load_base_model(source, torch.float32 if full else dtype, device)
-    check_vocabulary(base, tokenizer)
-    if config.model.upcast_layernorm or (config.model.upcast_layernorm is None and is_quantised(base)):
-        norms_to_float(base, config.model.layer_norm_names)
+    base = load_base_model(model_args, torch.float32 if full else dtype, device, tokenizer)
     attention = base.config._attn_implementation
     longest = [int(rows.lengths.max()) for rows in (train, held_out) if not isinstance(rows, ExampleStream | None)]
     longest += [config.data.cutoff_len] if config.data.streaming else []
     segments = prepare_flat(base, config.model, max(longest))
-    model = init_adapter(base, config.finetuning, model_path(source), earlier, config.model.resume_lora_training)
+    rows = trainable_rows(base, added_token_ids(model_args, tokenizer))
+    model = init_adapter(base, config.finetuning, source.name, line, rows)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable, total = count_parameters(model)
@@ -112,7 +116,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         capacity=config.data.cutoff_len if config.data.packing else None,
         inputs={
             "training data": train.fingerprint(),
-            "checkpoint_dir": [ancestor.fingerprint() for ancestor in earlier],
+            "checkpoint_dir": line.fingerprints(),
             "quantisation": [config.model.quantization_bit, config.model.quantization_type, config.model.double_quantization],
         },
     )
@@ -144,7 +148,7 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     open_run(folder, config.training.overwrite_output_dir)
     write_manifest(
         folder,
-        model_path(config.model),
+        str(locate(line_of(config.model).on(config.model)).path),
         {
             "data": {
                 "train": given.train_examples.fingerprint(),
