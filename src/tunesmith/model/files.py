@@ -28,7 +28,7 @@ _LARGEST_JSON = 64 << 20
 def refuse_file(path: Path, key: str) -> ModelError:
     """What to say of a file (that is no GGUF) given where a model folder is expected."""
     if path.suffix in _PICKLES:
-        return ModelError(f"{key}: {path} is a pickle (or is named like one), which can run code; {_CONVERT}")
+        return ModelError(f"{key}: {path} is a pickle, or is named like one; {_CONVERT}")
     if path.suffix in _ARCHIVES:
         return ModelError(f"{key}: {path} is an archive; unpack it into a folder that you choose, and give that folder")
     if path.suffix == ".safetensors":
@@ -37,8 +37,8 @@ def refuse_file(path: Path, key: str) -> ModelError:
 
 
 _CONVERT = (
-    "pickled weights are never loaded. Take the safetensors version of the model, or convert it where nothing can be harmed: "
-    "load it with the program that made it and write it with save_pretrained(..., safe_serialization=True)"
+    "pickled weights can run code and are never loaded. Take the safetensors version of the model, or convert it where nothing "
+    "can be harmed: load it with the program that made it and write it with save_pretrained(..., safe_serialization=True)"
 )
 
 

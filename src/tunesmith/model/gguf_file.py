@@ -139,6 +139,9 @@ def read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 def _read(what: str, gguf: Path, loader: str, **options: Any) -> Any:
     import transformers
 
+    from tunesmith.model.library import quiet_library
+
+    quiet_library()
     try:
         return getattr(transformers, loader).from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False, **options

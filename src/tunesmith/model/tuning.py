@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from tunesmith.model.lineage import NOTHING, Line, continued_config, joins, merg
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.targets import check_modules, expert_parameters, resolve_targets, trainable_in_layers
 
+Rows = Mapping[str, list[int]]
+"""Name of a layer -> ids of tokens."""
+
 
 def init_adapter(
     model: PreTrainedModel,
     args: FinetuningArguments,
     base_name: str,
     line: Line = NOTHING,
-    rows: Mapping[str, list[int]] | None = None,
+    rows: Rows | None = None,
 ) -> torch.nn.Module:
     """Make the model trainable as ``finetuning_type`` says, going on from what was trained before.
 
@@ -48,7 +52,7 @@ def init_adapter(
         case "none":
             raise ConfigError("finetuning_type: none trains nothing; choose lora, freeze, full or peft to train")
         case "lora" | "peft":
-            return _with_adapters(model, args, base_name, line, rows)
+            return _with_adapters(model, args, base_name, line, dict(rows or {}))
     if line.adapters:
         raise ConfigError(
             f"checkpoint_dir: {line.adapters[0]} is an adapter, and finetuning_type: {args.finetuning_type} trains the model's "
@@ -60,9 +64,7 @@ def init_adapter(
     return _thaw(model, args)
 
 
-def _with_adapters(
-    model: PreTrainedModel, args: FinetuningArguments, base_name: str, line: Line, rows: Mapping[str, list[int]] | None
-) -> PeftModel:
+def _with_adapters(model: PreTrainedModel, args: FinetuningArguments, base_name: str, line: Line, rows: Rows) -> PeftModel:
     goes_on = line.adapters[-1] if line.adapters and line.resume else None
     earlier = line.adapters[:-1] if goes_on else line.adapters
     model.requires_grad_(False)
@@ -73,10 +75,10 @@ def _with_adapters(
         beneath.append(factors)
     if goes_on is not None:
         config = continued_config(goes_on, args)
+        _compare_rows(config, rows, goes_on)
     else:
         config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
-        if rows:
-            _learn_rows(config, rows)
+        _take_rows(config, rows, args)
     if (beneath or (stays and earlier)) and not (isinstance(config, LoraConfig) and joins(config)):
         raise ConfigError("checkpoint_dir: on top of an adapter only plain LoRA can be trained; export the adapter first")
     tuned = adapted(model, config, base_name)
@@ -88,6 +90,29 @@ def _with_adapters(
         beneath.append({name: (down, -up) for name, (down, up) in own_factors(tuned).items()})
     set_beneath(tuned, beneath)
     return tuned
+
+
+def _take_rows(config: PeftConfig, rows: Rows, args: FinetuningArguments) -> None:
+    if not rows:
+        return
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"add_tokens: peft_method: {args.peft_method} cannot learn rows of tokens; use finetuning_type: lora")
+    if args.pissa_init:
+        raise ConfigError("add_tokens: rows of tokens cannot be saved with what pissa_init begins; unset one of the two")
+    config.trainable_token_indices = dict(rows)
+
+
+def _compare_rows(config: PeftConfig, rows: Rows, folder: Path) -> None:
+    learned = (config.trainable_token_indices or {}) if isinstance(config, LoraConfig) else {}
+    if learned != rows:
+        raise ConfigError(
+            f"add_tokens: the adapter in {folder} has rows for {_count(learned)} added tokens, the settings add "
+            f"{_count(rows)}; give add_tokens and add_special_tokens as its run had them"
+        )
+
+
+def _count(rows: Rows) -> int:
+    return len(next(iter(rows.values()), []))
 
 
 def adapted(model: PreTrainedModel, config: PeftConfig, base_name: str) -> PeftModel:
@@ -163,13 +188,6 @@ def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConf
         return cls(**_only(cls, task_type="CAUSAL_LM", **({"modules_to_save": modules} if modules else {}), **values))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft_args: {args.peft_method}: {str(error).splitlines()[0]}") from error
-
-
-def _learn_rows(config: PeftConfig, rows: Mapping[str, list[int]]) -> None:
-    """Learn these rows of embedding and head beside the adapters. Raises ConfigError where the method cannot."""
-    if not hasattr(config, "trainable_token_indices"):
-        raise ConfigError("add_tokens: the rows of new tokens cannot be learned beside adapters of this peft_method; use lora")
-    config.trainable_token_indices = dict(rows)
 
 
 def _only(cls: type[PeftConfig], **values: Any) -> dict[str, Any]:
