@@ -142,3 +142,11 @@ def test_rows_can_be_read_as_what_other_stages_take(settings: dict[str, Any], wr
     assert ("equal-answers", 6) in [(e["code"], e["line"]) for e in value["warnings"]]
     assert value["plan"]["train_examples"] == 7
     assert "preference pairs" in tunesmith("check", config, check=False).stdout
+
+
+def test_rows_that_may_be_left_out_are_no_errors(settings: dict[str, Any], write_config: Any) -> None:
+    file = Path(settings["dataset_dir"]) / "rows.jsonl"
+    file.write_text(file.read_text() + '{"instruction": "the", "output": ""}\n{"broken\n')
+    value = checked(write_config({**settings, "on_bad_row": "drop"}))
+    assert [warning["line"] for warning in value["warnings"] if warning["code"] in ("empty-answer", "bad-json")] == [23, 24]
+    assert len(checked(write_config(settings), status=1)["errors"]) == 2

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data.chat import keys_of, unread_keys
 from tunesmith.data.convert import alternates, convert_row
 from tunesmith.data.problem import RowProblem
 from tunesmith.errors import DataError
@@ -161,3 +162,9 @@ def test_no_row_raises_anything_else(content: Any, calls: Any, role: str) -> Non
             except (RowProblem, DataError):
                 continue
             assert row.messages
+
+
+def test_keys_that_nobody_reads_are_told() -> None:
+    turns = [{"role": "user", "content": "q", "audio": None}, {"role": "assistant", "content": "a", "wieght": 2, "loss": 1}]
+    assert unread_keys(turns, keys_of(OPENAI)) == ["wieght"]
+    assert unread_keys("text", keys_of(OPENAI)) == []

@@ -19,7 +19,7 @@ from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.named import use_template
 from tunesmith.data.prepare import blocks, check_columns, data_seed, hold_out, load_set, mix, target_of
-from tunesmith.data.report import DataReport, Finding
+from tunesmith.data.report import DataReport, Finding, Policy
 from tunesmith.data.selection import Blocks, Examples, Selection, joined
 from tunesmith.data.sniff import Target
 from tunesmith.data.streaming import open_set
@@ -164,13 +164,14 @@ def _look_at_set(
         duplicates = _repeated(rows, checked, seen, held_out)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
-    _count(f"{name} (evaluation)" if held_out and name in config.data.dataset else name, report, checked, duplicates)
+    label = f"{name} (evaluation)" if held_out and name in config.data.dataset else name
+    _count(label, report, checked, config.data.on_bad_row, duplicates)
     return rows
 
 
-def _count(name: str, report: DataReport, checked: Checked, duplicates: int | None = None) -> None:
+def _count(name: str, report: DataReport, checked: Checked, policy: Policy, duplicates: int | None = None) -> None:
     """List what was found in a set, and count its rows; repeated ones where they were looked for."""
-    _list(report, checked)
+    _list(report, checked, policy)
     cut = sum(finding.count for finding in report.of("cut"))
     counts = {"read": report.read, "kept": report.kept, "dropped": report.left_out(), "truncated": cut}
     checked.counts[name] = counts if duplicates is None else {**counts, "duplicate": duplicates}
@@ -193,7 +194,7 @@ def _look_at_stream(config: RunConfig, target: Target, tokenizer: PreTrainedToke
             check_columns(opened.attr, columns, sorted(files))
         except TunesmithError as error:
             checked.errors.append(_entry(type(error).__name__, str(error)))
-        _count(name, report, checked)
+        _count(name, report, checked, data.on_bad_row)
         supervised += report.supervised
     for name in data.eval_dataset:
         _look_at_set(config, name, 0, target, tokenizer, checked, {}, held_out=True)
@@ -242,16 +243,19 @@ def _repeated(rows: Selection, checked: Checked, seen: _Seen, held_out: bool) ->
     return count
 
 
-def _list(report: DataReport, checked: Checked) -> None:
+def _list(report: DataReport, checked: Checked, policy: Policy) -> None:
+    """List the findings; rows that the settings leave out (``on_bad_row: drop``) are no errors."""
     checked.notes += report.found
-    for finding in report.of("unreadable", "uncertified", "dropped"):
+    left_out = report.of("unreadable", "uncertified", "dropped")
+    for finding in left_out if policy != "drop" else ():
         checked.errors += _rows(finding, len(finding.rows))
-    for finding in report.of("cut", "note"):
+    for finding in [*(left_out if policy == "drop" else ()), *report.of("cut", "note")]:
         checked.warnings += _rows(finding, _WARNED)
         if finding.count > _WARNED:
             checked.warnings.append(_entry(finding.code, f"and {finding.count - _WARNED:,} more rows: {finding.message}"))
     place = lambda entry: (entry["file"] or "", entry["line"] or 0)  # noqa: E731
     checked.errors.sort(key=place)
+    checked.warnings.sort(key=place)
 
 
 def _rows(finding: Finding, most: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn under which data keep what was thought before the answer."""
 WEIGHT_KEYS = ("loss", "weight", "loss_weight")
 """Keys of a turn that say how much it is learned."""
+_OTHER_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
 OPENAI_ROLES: Mapping[str, Role] = {
     "system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool",
     "function": "tool",
@@ -69,6 +70,15 @@ def read_turns(value: Any, keys: Keys, column: str, kind: str = "turn") -> list[
     if not value:
         raise RowProblem("no-turns", f"column {column!r} is an empty list, expected turns", "Add turns, or leave the row out.")
     return [_read_turn(turn, keys, kind, number) for number, turn in enumerate(value, 1)]
+
+
+def unread_keys(turns: Any, keys: Keys) -> list[str]:
+    """Keys of turns that hold something and that nobody here reads, such as ``audio``, in the order of their first turn."""
+    known = {keys.role, keys.content, *REASONING_KEYS, *WEIGHT_KEYS, *_OTHER_KEYS}
+    found = [
+        key for turn in turns if isinstance(turn, dict) and len(turn) > 2 for key in turn if key not in known and turn[key]
+    ]
+    return list(dict.fromkeys(found))
 
 
 def filled(content: str, code: str, message: str) -> str:

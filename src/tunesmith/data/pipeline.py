@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tunesmith.config.arguments import DatasetAttr
+from tunesmith.data.chat import keys_of, unread_keys
 from tunesmith.data.collector import collector_paused
 from tunesmith.data.convert import alternates, convert_document, convert_row
 from tunesmith.data.documents import DocumentMaker
@@ -40,6 +41,7 @@ from tunesmith.data.supervised import ConversationMaker
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Encodings, Job, TextEncoder
 from tunesmith.data.truncate import Truncation
+from tunesmith.data.values import shown
 from tunesmith.types import Document, Message, PreferencePair, Row
 
 if TYPE_CHECKING:
@@ -315,6 +317,7 @@ def convert_rows(rows: Iterable[RawRow], attr: DatasetAttr, recipe: Recipe, repo
     """Rows as the recipe wants them; those that cannot be read so, and remarks, go to the report."""
     given = {key: text for key, text in recipe.placeholders.items() if text is not None}
     unset = [key for key, text in recipe.placeholders.items() if text is None]
+    keys = None if attr.formatting == "alpaca" or attr.messages_column is None else keys_of(attr)
     for row, source in rows:
         try:
             if recipe.target == "document":
@@ -325,6 +328,8 @@ def convert_rows(rows: Iterable[RawRow], attr: DatasetAttr, recipe: Recipe, repo
             report.problem(problem, source)
             continue
         messages = messages_of(converted)
+        for key in unread_keys(row[attr.messages_column], keys) if keys is not None and attr.messages_column in row else ():
+            report.add("note", "unread-key", f"the key {shown(key)} of turns is not read", source)
         if not alternates(messages):
             report.add("note", "out-of-turn", _OUT_OF_TURN, source)
         if isinstance(converted, PreferencePair) and converted.chosen == converted.rejected:
