@@ -255,7 +255,6 @@ def _list(report: DataReport, checked: Checked, policy: Policy) -> None:
             checked.warnings.append(_entry(finding.code, f"and {finding.count - _WARNED:,} more rows: {finding.message}"))
     place = lambda entry: (entry["file"] or "", entry["line"] or 0)  # noqa: E731
     checked.errors.sort(key=place)
-    checked.warnings.sort(key=place)
 
 
 def _rows(finding: Finding, most: int) -> list[dict[str, Any]]:
