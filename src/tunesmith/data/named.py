@@ -114,13 +114,14 @@ def use_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> tuple[str, 
     if choice == AUTO:
         return ()
     is_file = choice.endswith(".jinja")
-    source, notes = (_read(Path(choice)), []) if is_file else fitted(get_template(choice), tokenizer)
+    source, notes = (read_template(Path(choice)), []) if is_file else fitted(get_template(choice), tokenizer)
     note = f"template {choice!r} {_compared(tokenizer, source)}"
     tokenizer.chat_template = source
     return *notes, note
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a template file. Raises TemplateError when there is none, or it is too long or not UTF-8."""
     if not path.is_file():
         raise TemplateError(f"template: no such file: {path}")
     if path.stat().st_size > _MAX_BYTES:
