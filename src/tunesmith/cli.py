@@ -187,7 +187,10 @@ def masks(
     seed: Annotated[int, typer.Option(help="Of the conversations.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
-    """Check what is learned of random conversations against transformers alone; exit status 1 if anything is wrong."""
+    """Check what is learned of random conversations against transformers alone.
+
+    Exit status 1 if anything is wrong, or nothing could be certified.
+    """
     from tunesmith.verify.masks import verify_masks
     from tunesmith.verify.outcome import HEADING, TemplateResult, lines, summary, totals
 
@@ -203,7 +206,7 @@ def masks(
         print(json.dumps({"templates": [result.to_dict() for result in results], "totals": total}, ensure_ascii=False))
     else:
         print("\n".join(summary(results)))
-    raise typer.Exit(1 if total["wrong"] else 0)
+    raise typer.Exit(1 if total["wrong"] or not total["certified"] else 0)
 
 
 def main() -> None:

@@ -179,3 +179,13 @@ def test_a_file_that_is_no_template_is_refused(tokenizer: PreTrainedTokenizerBas
     file.write_text("x" * ((1 << 20) + 1), encoding="utf-8")
     with pytest.raises(TemplateError, match="at most 1,048,576"):
         use_template(tokenizer, str(file))
+
+
+def test_a_file_whose_replies_end_with_no_single_token_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(CHATML, encoding="utf-8")
+    assert len(use_template(tokenizer, str(file))) == 1
+    file.write_text(CHATML.replace("<|im_end|>", "<|turn_end|>").replace("<|im_start|>", "<|turn|>"), encoding="utf-8")
+    note, _ = use_template(tokenizer, str(file))
+    assert "followed by '<|turn_end|>\\n<|turn|>user\\n', in which is no single token" in note
+    assert "write eos_token ('<|im_end|>') behind replies" in note

@@ -232,6 +232,12 @@ def test_the_head_is_evaluated_on_and_never_trained_on(configure: Any, two_sets:
     assert not {tuple(e.input_ids.tolist()) for e in held_out} & {tuple(ids) for ids in trained}
     with pytest.raises(DataError, match="first 23 rows, but it has only 22"):
         stream_of(configure(val_size=23, eval_steps=5))
+    with pytest.raises(DataError, match=r"some must be left to train on; lower val_size$"):
+        stream_of(configure(val_size=22, eval_steps=5))
+    with pytest.raises(
+        DataError, match="it has only 4, and some must be left to train on; lower val_size, or raise max_samples"
+    ):
+        stream_of(configure(val_size=5, max_samples=4, eval_steps=5))
 
 
 def test_shares_are_kept(configure: Any, dataset: Path) -> None:

@@ -13,7 +13,7 @@ from tests.conftest import CHATML, SHARED, tunesmith
 from tunesmith.data.named import fitted, templates
 from tunesmith.data.template import ChatTemplate, Rendered
 from tunesmith.data.tokenize import TextEncoder, Tokens
-from tunesmith.verify.examiner import MARKS_NO_END, MARKS_PROMPT
+from tunesmith.verify.examiner import MARKS_NO_END, MARKS_PROMPT, _runs, _Wrong
 from tunesmith.verify.masks import check_template, verify_masks
 from tunesmith.verify.outcome import totals
 
@@ -24,6 +24,12 @@ MARKED = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+THINKS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|><|im_end|>' + m['content'] + '<|im_end|>' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|><|im_start|>' }}{% endif %}"
+)
+"""The prompt for a reply opens a thought, and the text closes one where nothing was thought: neither begins the other."""
 HEADER_MARKED = MARKED.replace(PROMPT + "{% generation %}", "{% generation %}" + PROMPT, 1)
 END_NOT_MARKED = MARKED.replace("{{ '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
 
@@ -102,6 +108,21 @@ def test_wrong_masks_are_found(
     assert all(reason in row.reason for row in judged)
 
 
+def test_the_first_token_is_missed_where_the_text_leaves_the_prompt_within_one(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = {row.outcome for row in check_template(tokenizer, THINKS, 5, "b")}
+    assert outcomes == {"certified", "refused"}
+    monkeypatch.setattr(TextEncoder, "encode", _encode_shifted(lambda span: (span[0] + 1, span[1])))
+    assert {row.outcome for row in check_template(tokenizer, THINKS, 5, "b")} == {"wrong", "refused"}
+
+
+def test_a_token_without_a_character_is_missed() -> None:
+    with pytest.raises(_Wrong, match="the first is not learned"):
+        _runs([0, 3, 3, 5], [False, False, True])
+    assert _runs([0, 3, 3, 5], [False, True, True]) == [(3, 5)]
+
+
 def test_the_command_counts_and_ends_with_1_when_wrong(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +137,22 @@ def test_the_command_counts_and_ends_with_1_when_wrong(
     assert done.returncode == 1
     assert found["totals"]["wrong"] == len(found["templates"][0]["wrong_rows"]) == 3
     assert tunesmith("verify", "masks", "--model", tiny_model, "--templates", tmp_path / "none", check=False).returncode == 2
+
+
+def test_files_that_are_no_templates_are_refused_one_by_one(tiny_model: Path, tmp_path: Path) -> None:
+    files = {"latin": b"{{ '\xe9' }}", "deep": b"{{" + b"(" * 3000 + b"1" + b")" * 3000 + b"}}", "broken": b"{{ m }",
+             "long": b"a" * (1 << 20) + b"a"}  # fmt: skip
+    for name, source in files.items():
+        (tmp_path / f"{name}.jinja").write_bytes(source)
+    (tmp_path / "folder.jinja").mkdir()
+    arguments = ("verify", "masks", "--model", tiny_model, "--templates", tmp_path, "--conversations", 2)
+    done = tunesmith(*arguments, check=False)
+    assert done.returncode == 1  # nothing was proved
+    reasons = ("is nested too deeply", "is not UTF-8 (byte 4)", "unexpected '}'", "a template has at most", "no such file")
+    assert all(reason in done.stdout for reason in reasons), done.stdout
+    (tmp_path / "good.jinja").write_text(CHATML, encoding="utf-8")
+    done = tunesmith(*arguments, check=False)
+    assert done.returncode == 0 and "6 templates: 2 conversations certified, 10 refused, 0 wrong" in done.stdout, done.stdout
 
 
 @pytest.mark.slow

@@ -106,7 +106,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> tuple[str, 
         choice: ``auto`` for what it has, a name, or the path of a ``.jinja`` file.
 
     Returns:
-        What a person should know: tokens that the tokenizer has not got, how the model's own template differs.
+        What a person should know: tokens that the tokenizer has not got, replies that chat cannot see the end of, how the
+        model's own template differs.
 
     Raises:
         TemplateError: no such name or file, or a form that needs an end-of-sequence token where there is none.
@@ -114,13 +115,15 @@ def use_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> tuple[str, 
     if choice == AUTO:
         return ()
     is_file = choice.endswith(".jinja")
-    source, notes = (_read(Path(choice)), []) if is_file else fitted(get_template(choice), tokenizer)
+    source, notes = (read_template(Path(choice)), []) if is_file else fitted(get_template(choice), tokenizer)
+    notes += _endless(tokenizer, source, choice) if is_file else []
     note = f"template {choice!r} {_compared(tokenizer, source)}"
     tokenizer.chat_template = source
     return *notes, note
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a template file. Raises TemplateError when there is none, or it is too long or not UTF-8."""
     if not path.is_file():
         raise TemplateError(f"template: no such file: {path}")
     if path.stat().st_size > _MAX_BYTES:
@@ -163,6 +166,22 @@ def fitted(template: NamedTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple
     if tokenizer.bos_token_id not in tokenizer.encode("a")[:1]:
         source = _BEGIN.sub("{%- set begin_of_text = '' -%}", source, count=1)
     return source, notes
+
+
+def _endless(tokenizer: PreTrainedTokenizerBase, source: str, choice: str) -> list[str]:
+    """A sentence if no single token comes between a reply and the next question."""
+    _, turns = _PROBES[1]
+    reply, next_question = turns[1][1], turns[2][1]
+    text = _rendered(_engine(tokenizer, source), turns)
+    if text is None or reply not in text:
+        return []
+    ending = text.partition(reply)[2].partition(next_question)[0]
+    if any(token in ending for token in tokenizer.get_added_vocab() if token != tokenizer.bos_token):
+        return []
+    return [
+        f"template {choice!r}: a reply is followed by {ending!r}, in which is no single token of this tokenizer, so generation "
+        f"cannot stop there; write eos_token ({tokenizer.eos_token!r}) behind replies"
+    ]
 
 
 def _compared(tokenizer: PreTrainedTokenizerBase, source: str) -> str:

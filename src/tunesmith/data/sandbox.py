@@ -374,8 +374,11 @@ def compile_plain(source: str, date: str | None) -> jinja2.Template:
 
 
 def compile_with(environment: ChatEnvironment, source: str) -> jinja2.Template:
-    """Compile in an environment; its ``concat`` also serves the ``~`` operator."""
-    template = environment.from_string(source)
+    """Compile in an environment; its ``concat`` also serves the ``~`` operator. Raises jinja2.TemplateError."""
+    try:
+        template = environment.from_string(source)
+    except (RecursionError, MemoryError):  # the latter is how Python's own parser says the same
+        raise jinja2.TemplateError("is nested too deeply") from None
     namespace = template.root_render_func.__globals__
     namespace["str_join"] = namespace["markup_join"] = environment.concat
     return template

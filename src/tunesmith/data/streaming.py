@@ -373,11 +373,15 @@ def open_set(
 
 def _head(source: StreamedSet, count: int, report: DataReport) -> list[Learned]:
     """The first raw rows of a set, tokenised."""
-    made = source.chunks.make(list(read_rows(source.attr, source.dataset_dir, limit=count)))
-    if made.rows < count:
+    limit = count + 1 if source.limit is None else min(count + 1, source.limit)
+    rows = list(read_rows(source.attr, source.dataset_dir, limit=limit))
+    if len(rows) <= count:
+        instead = "lower val_size" if source.limit is None else "lower val_size, or raise max_samples"
         raise DataError(
-            f"data set {source.attr.dataset_name!r}: val_size holds out its first {count} rows, but it has only {made.rows}"
+            f"data set {source.attr.dataset_name!r}: val_size holds out its first {count} rows, but it has only {len(rows)}, "
+            f"and some must be left to train on; {instead}"
         )
+    made = source.chunks.make(rows[:count])
     report.merge(made.report)
     return made.learned
 

@@ -163,7 +163,7 @@ class Examiner:
         prompt = library.text(index, ask=True)
         if prompt is None:
             return False
-        shared = common_length(prompt, text)
+        shared = self._whole_tokens(text, common_length(prompt, text))
         if run[0] == next((start for start in starts if start >= shared), None):
             return shared == len(prompt)
         if shared < len(prompt):
@@ -181,6 +181,10 @@ class Examiner:
         between = text[min(run[0], shared) : max(run[0], shared)]
         raise _Wrong(f"turn {index + 1} begins at character {run[0]}, the text leaves its prompt at {shared}: {between!r}")
 
+    def _whole_tokens(self, text: str, length: int) -> int:
+        """``length``, or as much less as leaves out an added token of the text of which it holds a part."""
+        return next((token.start() for token in self._added.finditer(text) if token.start() < length < token.end()), length)
+
     def _check_end(self, index: int, rest: str, length: int, final: str, unasked: bool) -> None:
         """What is learned behind a turn's last word is what the text has in common with the rendering that ends with it.
 
@@ -191,9 +195,8 @@ class Examiner:
             final: the same place in the rendering that ends with the turn.
             unasked: whether that rendering prompts for the next reply without being asked.
         """
-        tail, common = rest[:length].strip(), common_length(rest, final)
-        cut = [token.start() for token in self._added.finditer(final) if token.start() < common < token.end()]
-        shared = rest[: min([common, *cut])].strip()
+        tail = rest[:length].strip()
+        shared = rest[: self._whole_tokens(final, common_length(rest, final))].strip()
         if tail == shared or (unasked and shared.startswith(tail) and self._added.search(tail)):
             return
         late = shared == final.strip()  # the end comes with the next message only
@@ -221,11 +224,17 @@ def _length(library: Library, view: Rendered, count: int) -> int:
 
 
 def _runs(starts: Sequence[int], mask: Sequence[bool]) -> list[Span]:
-    """Character ranges of learned tokens that follow one another."""
+    """Character ranges of learned tokens that follow one another.
+
+    Raises:
+        _Wrong: one begins behind a token that stands at the same character, as a blank of the tokenizer's own does.
+    """
     runs, begin = [], None
     for position, learned in enumerate([*mask, False]):
         if learned and begin is None:
             begin = position
+            if begin and starts[begin - 1] == starts[begin]:
+                raise _Wrong(f"of the tokens at character {starts[begin]}, where a turn begins, the first is not learned")
         elif not learned and begin is not None:
             runs.append((starts[begin], starts[position]))
             begin = None

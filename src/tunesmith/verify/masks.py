@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.arguments import ModelArguments
-from tunesmith.data.named import fitted, templates
+from tunesmith.data.named import fitted, read_template, templates
 from tunesmith.errors import TemplateError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
@@ -47,23 +47,29 @@ def verify_masks(
     bare = (Path(model) / "tokenizer.json").is_file()  # no model is needed beside it
     tokenizer = read_tokenizer(model) if bare else load_tokenizer(ModelArguments(model_name_or_path=model))
     results = []
-    for name, source, own in _sources(tokenizer, folder):
+    for name, origin in _origins(tokenizer, folder):
         result = TemplateResult(name)
-        result.rows += check_template(deepcopy(tokenizer), source, count, f"{seed}:{name}", not own)
+        try:
+            source = read_template(origin) if isinstance(origin, Path) else origin
+            result.rows += check_template(deepcopy(tokenizer), source, count, f"{seed}:{name}", isinstance(origin, Path))
+        except TemplateError as error:
+            result.rows += [Judged("refused", str(error), number=number) for number in range(count)]
         done(result)
         results.append(result)
     return results
 
 
-def _sources(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> list[tuple[str, str, bool]]:
-    """(name, source, whether the source is fitted to the tokenizer)."""
+def _origins(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> list[tuple[str, str | Path]]:
+    """Names, and files whose text is yet to be fitted to the tokenizer, or texts that need not be."""
     if folder is not None:
         files = sorted(folder.glob("*.jinja"))
         if not files:
             raise TemplateError(f"{folder}: no *.jinja file in this folder")
-        return [(file.stem, file.read_text(encoding="utf-8"), False) for file in files]
-    own = [("the model's own", tokenizer.get_chat_template(), True)] if tokenizer.chat_template else []
-    return own + [(template.name, fitted(template, tokenizer)[0], True) for template in templates()]
+        return [(file.stem, file) for file in files]
+    own: list[tuple[str, str | Path]] = []
+    if tokenizer.chat_template:
+        own.append(("the model's own", tokenizer.get_chat_template()))
+    return own + [(template.name, fitted(template, tokenizer)[0]) for template in templates()]
 
 
 def check_template(
@@ -77,14 +83,14 @@ def check_template(
         count: conversations.
         seed: of the conversations.
         add_tokens: give the tokenizer what looks like a special token in the template.
+
+    Raises:
+        TemplateError: the text is no template.
     """
     if add_tokens:
         known = tokenizer.get_added_vocab()
         tokens = [token for token in sorted(set(_SPECIAL.findall(source))) if token not in known]
         tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
     talker = Talker(seed, markup(source))
-    try:
-        examiner = Examiner(tokenizer, source)
-    except TemplateError as error:
-        return [Judged("refused", str(error), number=number) for number in range(count)]
+    examiner = Examiner(tokenizer, source)
     return [examiner.judge(talker.talk(number), number) for number in range(count)]

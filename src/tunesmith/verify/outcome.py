@@ -82,12 +82,13 @@ HEADING = f"{'template':{_NAME_WIDTH}} certified refused wrong  main reason of r
 
 
 def lines(result: TemplateResult) -> list[str]:
-    """A template's line of the table, and what is wrong."""
+    """A template's line of the table, what is wrong, and why nothing could be certified."""
     entry = result.to_dict()
     name, reason = _short(result.name, _NAME_WIDTH), _short(entry["refused_reason"], _REASON_WIDTH)
     row = f"{name:{_NAME_WIDTH}} {entry['certified']:9} {entry['refused']:7} {entry['wrong']:5}  {reason}".rstrip()
     wrong = [f"    WRONG: conversation {r['conversation']}: {r['reason']}" for r in entry["wrong_rows"][:_ROWS_SHOWN]]
-    return [row, *wrong]
+    whole = [f"    REFUSED: {result.rows[0].reason}"] if entry["refused"] == len(result.rows) and result.rows else []
+    return [row, *wrong, *whole]
 
 
 def summary(results: Sequence[TemplateResult]) -> list[str]:
