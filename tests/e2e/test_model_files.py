@@ -80,6 +80,7 @@ def test_m1_a_pickled_adapter(model: Path, settings: Any, canary: Path, refused:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(model)}))
     (adapter / name).write_bytes(pickle.dumps(Payload(canary)))
+    refused(name, "pickle", verbs=("train",), checkpoint_dir=str(adapter))
     settings["model_name_or_path"] = str(adapter)
     refused(name, "pickle")
 

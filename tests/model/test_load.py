@@ -67,7 +67,7 @@ def test_flash_attn_means_attn_implementation(settings: Any, write_config: Any, 
 
     assert load_config(write_config({**settings, "flash_attn": value}))[0].model.attn_implementation == found
     done = tunesmith("check", write_config({**settings, "flash_attn": "fa2"}), check=False)
-    assert "flash_attn: fa2 is not used here; flash_attn: auto computes rows end to end" in done.stdout
+    assert "flash_attn: fa2 is not used here; attn_implementation: auto computes rows end to end" in done.stdout
     done = tunesmith("check", write_config({**settings, "flash_attn": value, "attn_implementation": "sdpa"}), check=False)
     assert "says the same as attn_implementation" in done.stdout
 
@@ -196,6 +196,28 @@ def test_added_tokens_in_plain_transformers_and_peft(tmp_path: Path, settings: A
         logits = ours(torch.tensor([plain["ids"]])).logits[0, :, :352]
         torch.testing.assert_close(logits, torch.tensor(plain["logits"]), atol=1e-5, rtol=1e-4)
         assert len(tokenizer) == 352
+
+
+def test_going_on_from_an_adapter_with_added_tokens(tmp_path: Path, settings: Any, write_config: Any, dataset: Path) -> None:
+    (dataset / "rows.jsonl").write_text('{"instruction": "<a> the", "output": "<b> cat"}\n' * 8)
+    settings.update(model_name_or_path=str(untied(tmp_path / "base", 349)), max_steps=2, add_tokens="<a>,<b>")
+    run, config = Path(settings["output_dir"]), write_config(settings)
+    tunesmith("train", config)
+    further = [f"checkpoint_dir={run}", f"output_dir={run}-2"]
+    tunesmith("train", config, *further)
+    first, second = (load_file(folder / ADAPTER_WEIGHTS) for folder in (run, Path(f"{run}-2")))
+    rows = [name for name in first if "trainable_tokens" in name]
+    assert len(rows) == 2
+    assert all((first[name] - second[name]).norm() > 0 for name in rows)
+    refused = [
+        (["add_tokens=<a>", "output_dir=x"], "has rows for 2 added tokens, the settings add 1"),
+        (["resume_lora_training=false"], "cannot be joined with another"),
+    ]
+    for changes, said in refused:
+        done = tunesmith("train", config, *further, *changes, "overwrite_output_dir=true", check=False)
+        assert said in done.stderr, done
+    done = tunesmith("train", config, f"output_dir={run}-3", "pissa_init=true", check=False)
+    assert "cannot be saved with what pissa_init begins" in done.stderr
 
 
 # ---- results of runs

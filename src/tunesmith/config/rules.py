@@ -33,8 +33,7 @@ ALIAS_VALUES = {("flash_attn", "disabled"): "eager"}
 """(key, value) of another toolkit -> value here, where the two differ."""
 
 REFUSED_VALUES = {
-    ("flash_attn", value): f"{value} is not used here; flash_attn: auto computes rows end to end without padding, with torch's "
-    "own kernels"
+    ("flash_attn", value): f"{value} is not used here; attn_implementation: auto computes rows end to end without padding"
     for value in ("fa2", "fa3")
 }
 """(key, value) of another toolkit -> what to use instead."""

@@ -29,7 +29,7 @@ from tunesmith.model.adapter import (
     load_trainable_params,
     own_factors,
 )
-from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.model.files import ADAPTER_CONFIG, check_adapter_folder
 
 _GIVEN = ("lora_rank", "lora_alpha", "lora_target", "use_rslora", "use_dora", "additional_target", "pissa_init")
 
@@ -75,7 +75,11 @@ class Line:
         """The arguments by which the base is loaded: a whole model of the line takes the place of the one named."""
         if not self.ancestors or self.ancestors[0].kind != "model":
             return args
-        return args.model_copy(update={"model_name_or_path": str(self.ancestors[0].path)})
+        other = {
+            "model_name_or_path": str(self.ancestors[0].path),
+            "trust_remote_code": False,
+        }  # not of this one
+        return args.model_copy(update=other)
 
     def put_weights(self, model: PreTrainedModel) -> None:
         """Put the weights that freeze runs trained into the base. Raises ModelError when they do not fit."""
@@ -120,8 +124,7 @@ def line_of(args: ModelArguments) -> Line:
 
 def read_adapter_config(folder: Path) -> PeftConfig:
     """The configuration of an adapter. Raises ModelError when it cannot be read, or its weights are not safetensors."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}; weights in other formats can run code and are not loaded")
+    check_adapter_folder(folder)
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -70,7 +70,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     line = line_of(config.model)
     model_args = line.on(config.model)
     source = locate(model_args)
-    if source.adapter and config.finetuning.finetuning_type == "lora":
+    if source.adapter and config.finetuning.finetuning_type in ("lora", "peft"):
         raise ConfigError(
             f"model_name_or_path: {source.adapter} is an adapter, and one on top of it would have a base that exists nowhere; "
             f"set model_name_or_path: {source.path} and checkpoint_dir: {source.adapter}"
