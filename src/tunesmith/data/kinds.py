@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.learned import Learned
 from tunesmith.data.selection import Selection
 from tunesmith.data.sniff import Target
@@ -55,7 +56,7 @@ KINDS: Mapping[Target, Kind[Any]] = {kind.name: kind for kind in (PAIR, FEEDBACK
 """By what is needed of a raw row."""
 
 
-class Rows(Sequence[K]):
+class Rows(Lazy[K]):
     """A selection, read as rows of a kind.
 
     Args:
@@ -82,20 +83,10 @@ class Rows(Sequence[K]):
     def __len__(self) -> int:
         return len(self.selection) // self.kind.size
 
-    @overload
-    def __getitem__(self, index: int) -> K: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[K]: ...
-    def __getitem__(self, index: int | slice) -> K | list[K]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        first = index % len(self) * self.kind.size
+    def item(self, index: int) -> K:
+        """A row of the kind."""
+        first = index * self.kind.size
         return self.kind.make(*(self.selection.learned(first + i) for i in range(self.kind.size)))
-
-    def __iter__(self) -> Iterator[K]:
-        return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows and the kind."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import numpy as np
 
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.learned import Learned
 from tunesmith.types import Example, Source
 
 
-class RowsInMemory(Sequence[Example]):
+class RowsInMemory(Lazy[Example]):
     """A few tokenised rows.
 
     Args:
@@ -35,17 +35,9 @@ class RowsInMemory(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [row.example() for row in self._rows[index]]
+    def item(self, index: int) -> Example:
+        """A row with its labels."""
         return self._rows[index].example()
-
-    def __iter__(self) -> Iterator[Example]:
-        return (row.example() for row in self._rows)
 
     def tokens(self, index: int) -> np.ndarray:
         """Token ids of a row, int32, not copied."""

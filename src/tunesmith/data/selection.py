@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import numpy as np
 
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.learned import Learned
 from tunesmith.data.memory import RowsInMemory
 from tunesmith.data.store import TokenSet
 from tunesmith.types import Example, Source
 
 
-class Selection(Sequence[Example]):
+class Selection(Lazy[Example]):
     """Chosen rows of stores.
 
     Args:
@@ -68,18 +68,10 @@ class Selection(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Example:
+        """A row with its labels."""
         number, row = self._find(index)
-        return self.sets[number][row]
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
+        return self.sets[number].item(row)
 
     def _find(self, index: int) -> tuple[int, int]:
         row = int(self.numbers[index])
@@ -115,7 +107,7 @@ def joined(selections: Sequence[Selection]) -> Selection:
     return Selection([s for selection in selections for s in selection.sets], np.concatenate([np.zeros(0, np.int64), *index]))
 
 
-class Blocks(Sequence[Example]):
+class Blocks(Lazy[Example]):
     """Documents laid end to end and cut into blocks; every token is learned but the first of a block.
 
     Args:
@@ -146,16 +138,9 @@ class Blocks(Sequence[Example]):
     def __len__(self) -> int:
         return (int(self._ends[-1]) if len(self._ends) else 0) // self.length
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        begin = index % len(self) * self.length
+    def item(self, index: int) -> Example:
+        """A block, every token of it learned."""
+        begin = index * self.length
         end = begin + self.length
         first = int(np.searchsorted(self._ends, begin, side="right"))
         last = int(np.searchsorted(self._ends, end, side="left"))
@@ -163,9 +148,6 @@ class Blocks(Sequence[Example]):
         joined = np.concatenate([self.documents.tokens(i) for i in range(first, last + 1)])
         ids = joined[begin - offset : end - offset]
         return Example(ids, ids, self.documents.source(first))
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
         """SHA-256 of the documents and the length."""

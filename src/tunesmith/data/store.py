@@ -15,11 +15,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock
 
+from tunesmith.data.lazy import Lazy
 from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, pack_report, unpack_report
 from tunesmith.errors import DataError
@@ -229,7 +230,7 @@ def read_journal(folder: Path) -> Progress:
     return progress
 
 
-class TokenSet(Sequence[Example]):
+class TokenSet(Lazy[Example]):
     """A whole store, read through memory maps: opening it costs nothing, whatever its size.
 
     Args:
@@ -274,20 +275,12 @@ class TokenSet(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Example:
+        """A row with its labels."""
         return self.learned(index).example()
 
     def learned(self, index: int) -> Learned:
         """A row as it was written."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
         begin = int(self._span_ends[index - 1]) if index else 0
         end = int(self._span_ends[index])
         bounds = self._columns["spans"][2 * begin : 2 * end].reshape(-1, 2).tolist()
@@ -300,9 +293,6 @@ class TokenSet(Sequence[Example]):
         ends = self._columns["reference_ends"]
         begin = int(ends[index - 1]) if index else 0
         return self._columns["references"][begin : int(ends[index])].tobytes().decode()
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
 
     def tokens(self, index: int) -> np.ndarray:
         """Token ids of a row, int32, not copied."""
