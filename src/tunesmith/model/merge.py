@@ -73,7 +73,9 @@ def merge_adapter(args: ModelArguments, adapter: Path, weights: Sequence[Path] =
         load_trainable_params(base, folder)
     was_tied = _is_tied(base)
     grow_for(base, adapter)
-    tuned = load_finished(base, adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # what it warns of is seen to below
+        tuned = load_finished(base, adapter)
     assert isinstance(tuned, PeftModel)
     if not hasattr(tuned.base_model, "merge_and_unload"):
         kind = tuned.active_peft_config.peft_type
@@ -81,6 +83,7 @@ def merge_adapter(args: ModelArguments, adapter: Path, weights: Sequence[Path] =
     _part_head(base)
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model with .tie_word_embeddings")
             warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
             model = tuned.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:

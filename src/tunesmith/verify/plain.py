@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
 Rows = list[list[int]]
@@ -103,13 +103,15 @@ def _logits(model: torch.nn.Module, rows: Rows) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _continue(model: Any, rows: Rows, length: int) -> list[list[int]]:
-    """The likeliest next token, again and again; of the model itself, so that no saved setting plays a part."""
+    """The likeliest next token, again and again; the settings saved with the model play no part."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.generation_config = GenerationConfig()
+    settings = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
     told = []
     for row in rows:
-        ids = list(row)
-        for _ in range(length):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        told.append(ids[len(row) :])
+        ids = torch.tensor([row])
+        answer = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        told.append(answer[0, len(row) :].tolist())
     return told
 
 
