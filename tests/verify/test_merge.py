@@ -74,9 +74,9 @@ def test_another_adapter_than_was_merged_is_found(run: Path, tmp_path: Path, tin
         ({"export": {"max": 2e-4, "relative": 0}}, "fp32", 3e-4, 0),
         ({"export": {"max": 2e-4, "relative": 0}, "largest_logit": 40.0}, "fp32", None, 0),
         ({"export": {"max": 5e-4, "relative": 0}, "largest_logit": 40.0}, "fp32", None, 1),
-        ({"export": {"max": 1.0, "relative": 0.039}}, "bf16", None, 0),
-        ({"export": {"max": 1.0, "relative": 0.041}}, "bf16", None, 1),
-        ({"export": {"max": 1.0, "relative": 0.039}}, "fp16", None, 1),
+        ({"export": {"max": 1.0, "relative": 0.019}}, "bf16", None, 0),
+        ({"export": {"max": 1.0, "relative": 0.021}}, "bf16", None, 1),
+        ({"export": {"max": 1.0, "relative": 0.019}}, "fp16", None, 1),
         ({"export": {"max": float("nan"), "relative": float("nan")}}, "bf16", None, 1),
         ({"unexpected": ["x"]}, "fp32", None, 1),
     ],
@@ -120,10 +120,8 @@ def test_e1_a_real_model(tmp_path: Path) -> None:
     output = tmp_path / "out"
     tunesmith("export", tmp_path / "adapter", "--output", output, "--base", "builtin:smollm2-135m", "--ollama")
     proof = json.loads((output / "export.json").read_text(encoding="utf-8"))["proof"]
-    print(proof)
-    assert proof["merged"]["max"] <= 1e-4
-    assert proof["export"]["relative"] < 0.02
-    assert proof["agree"] == 4
+    assert proof["merged"]["max"] <= 1e-5 * proof["largest_logit"]
+    assert 1e-4 < proof["export"]["relative"] < 0.01
     assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
     assert 'TEMPLATE """' in (output / "Modelfile").read_text(encoding="utf-8")
     assert "`builtin:smollm2-135m`" in (output / "README.md").read_text(encoding="utf-8")
