@@ -30,6 +30,13 @@ ReadAs = Literal["conversation", "document", "pair", "feedback", "prompt"]
 ReadAsOption = Annotated[
     ReadAs | None, typer.Option("--as", help="What rows are read as; by default what the stage needs.", show_default=False)
 ]
+Base = Annotated[
+    str | None, typer.Option(help="Model to merge into, in place of the one that the run names.", show_default=False)
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(min=0, help="fp32: greatest difference of a logit; else: relative difference.", show_default=False),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that win over the file.", show_default=False)]
 
 
@@ -177,6 +184,54 @@ def plot(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     from tunesmith.report.plot import plot_loss
 
     print(plot_loss(run))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Finished run, or folder of an adapter.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the stored weights; auto: that of the base.")
+    ] = "auto",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest file of weights, 5GB if not given.", show_default=False)
+    ] = None,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The adapter, not merged.")] = False,
+    ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile, too.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload it to this repository (ORG/NAME).", show_default=False)] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: make a new repository public.")] = False,
+    base: Base = None,
+    tolerance: Tolerance = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a run's result merged (or as an adapter) for other programs, and compare it with the run before it is kept."""
+    from tunesmith.errors import ConfigError
+    from tunesmith.export.export import ExportOptions
+    from tunesmith.export.export import export as write
+    from tunesmith.export.push import push as upload
+    from tunesmith.verify.merge import Check
+
+    if public and push is None:
+        raise ConfigError("--public: says how --push makes a repository; give it together with --push ORG/NAME")
+    options = ExportOptions(dtype, max_shard_size, adapter_only, ollama, overwrite, tolerance, base, push)
+    folder = write(run, output, options, Check, print)
+    if push is not None:
+        print(f"uploaded to {upload(folder, push, private=not public)}")
+
+
+@verify.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Finished run, or folder of an adapter.", show_default=False)],
+    base: Base = None,
+    tolerance: Tolerance = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """Merge a run's adapter, keep nothing, and compare the merged model with base and adapter; exit status 1 if they differ."""
+    from tunesmith.verify.merge import verify_merge
+
+    proof = verify_merge(run, base, tolerance)
+    print(json.dumps(proof.to_dict()) if as_json else "\n".join(proof.lines()))
+    raise typer.Exit(1 if proof.problems else 0)
 
 
 @verify.command()

@@ -55,3 +55,9 @@ class NonFiniteError(TunesmithError):
     """A loss or gradient is NaN or infinite; raised before the update that it would have spoiled."""
 
     exit_code = 1
+
+
+class VerificationError(TunesmithError):
+    """What was made does not do what it was made from; it was not put in place."""
+
+    exit_code = 1

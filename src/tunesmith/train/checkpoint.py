@@ -78,19 +78,19 @@ def write_atomically(target: Path, fill: Callable[[Path], None]) -> None:
         fill(scratch)
         files = sorted(p for p in scratch.rglob("*") if p.is_file())
         for path in files:
-            _flush(path)
+            flush(path)
         manifest = {
             "format": _FORMAT,
             "made_by": "tunesmith",
             "files": {str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": file_sha(p)} for p in files},
         }
         write_json(scratch / MANIFEST, manifest)
-        _flush(scratch / MANIFEST)
-        _flush(scratch)
+        flush(scratch / MANIFEST)
+        flush(scratch)
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -101,7 +101,8 @@ def write_atomically(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,141 @@
+"""An adapter merged into its base, in float32; the base and the adapter stay as they are on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+
+from tunesmith.config.arguments import ModelArguments
+from tunesmith.errors import ModelError
+from tunesmith.model.adapter import ADAPTER_WEIGHTS, load_finished, load_trainable_params
+from tunesmith.model.load import load_base_model
+from tunesmith.model.tokenizer import hub_options, library_error, model_path
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model with everything in its own weights.
+
+    Attributes:
+        model: in float32 on the CPU.
+        untied: whether its head no longer is its embedding, as it was in the base.
+    """
+
+    model: PreTrainedModel
+    untied: bool
+
+
+def base_config(args: ModelArguments) -> Any:
+    """The configuration of a base that an adapter can be merged into.
+
+    Raises:
+        ModelError: it cannot be read, or the base is quantised on disk.
+    """
+    path = model_path(args)
+    try:
+        config = AutoConfig.from_pretrained(path, **hub_options(args, path))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise library_error("configuration", path, error) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        raise ModelError(
+            f"{path}: its weights are quantised ({getattr(method, 'value', method) or 'unknown method'}). Merged into them, "
+            "the adapter would be rounded to as few bits. Name the full-precision model with --base, or use --adapter-only"
+        )
+    return config
+
+
+def merge_adapter(args: ModelArguments, adapter: Path, weights: Sequence[Path] = ()) -> Merged:
+    """Load a base and merge an adapter into it, all in float32.
+
+    Args:
+        args: the base; must not ask for quantisation.
+        adapter: folder in PEFT's layout.
+        weights: folders of earlier trained weights, put into the base first.
+
+    Raises:
+        ModelError: base, weights and adapter do not fit, the method cannot be merged, or a merged weight is not finite.
+    """
+    base_config(args)
+    base = load_base_model(args, torch.float32, _CPU)
+    for folder in weights:
+        load_trainable_params(base, folder)
+    was_tied = _is_tied(base)
+    grow_for(base, adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # what it warns of is seen to below
+        tuned = load_finished(base, adapter)
+    assert isinstance(tuned, PeftModel)
+    if not hasattr(tuned.base_model, "merge_and_unload"):
+        kind = tuned.active_peft_config.peft_type
+        raise ModelError(f"{adapter}: an adapter of the kind {kind} cannot be merged; use --adapter-only")
+    _part_head(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model with .tie_word_embeddings")
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            model = tuned.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"{adapter}: cannot be merged: {str(error).splitlines()[0]}; use --adapter-only") from error
+    assert isinstance(model, PreTrainedModel)
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{adapter}: {name} is not finite after merging; the run diverged, or the files do not fit")
+    return Merged(model, untied=was_tied and not _tie_again(model))
+
+
+def grow_for(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the embedding as many rows as the adapter brings, if it brings one. Raises ModelError when it cannot be read."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    path = adapter / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            rows = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(f".{name}.weight")]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+    if rows and rows[0] != embedding.num_embeddings:
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
+def _ends(model: PreTrainedModel) -> list[Any]:
+    """Embedding and head below whatever wraps them."""
+    found = []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        while (inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None)) is not None:
+            module = inner
+        found.append(module)
+    return found
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    embedding, head = _ends(model)
+    return head is not None and embedding.weight is head.weight
+
+
+def _part_head(model: PreTrainedModel) -> None:
+    """Give a tied head its own copy, so that what is merged into the one does not reach the other."""
+    embedding, head = _ends(model)
+    if head is not None and embedding.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _tie_again(model: PreTrainedModel) -> bool:
+    """Make the head the embedding again where they are the same; else the configuration says that they are two."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    same = embedding.weight.shape == head.weight.shape and torch.equal(embedding.weight, head.weight)
+    if same:
+        head.weight = embedding.weight
+    model.config.tie_word_embeddings = same
+    return same
