@@ -26,7 +26,7 @@ from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_base_model
 from tunesmith.model.merge import base_config, merge_adapter
 from tunesmith.model.precision import DTYPES
-from tunesmith.model.tokenizer import hub_options, model_path
+from tunesmith.model.source import locate
 from tunesmith.train.finished import Finished, open_finished, tokenizer_of
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -110,7 +110,7 @@ def export(target: Path, output: Path, options: ExportOptions, compare: Compare,
     shard = formats.parse_size(options.max_shard_size or _SHARD)
     finished = open_finished(target, options.base)
     _check_options(options, finished)
-    base_folder = Path(model_path(finished.base)) if finished.base is not None else finished.folder
+    base_folder = locate(finished.base).path if finished.base is not None else finished.folder
     scratch = place.claim(output, options.overwrite, [target, base_folder])
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -171,7 +171,7 @@ def _fill(
             say("Modelfile: without a template; see the comment in it")
     kind = "adapter" if options.adapter_only else "merged" if finished.is_adapter else "model"
     base = _base_args(finished)
-    licence = base_licence(Path(model_path(base))) if base is not None else None
+    licence = base_licence(locate(base).path) if base is not None else None
     subject = Subject(
         title=output.resolve().name, kind=kind, base=_name(base), licence=licence, dtype=dtype,
         has_template=bool(tokenizer.chat_template), ollama=options.ollama, found=tuple(proof.lines()),
@@ -263,9 +263,9 @@ def _turn_ends(finished: Finished, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def _generation(finished: Finished, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """How the base generates, stopping at the end of a turn too."""
     assert finished.base is not None
-    path = model_path(finished.base)
+    source = locate(finished.base)
     try:
-        settings = GenerationConfig.from_pretrained(path, **hub_options(finished.base, path))
+        settings = GenerationConfig.from_pretrained(source.path, trust_remote_code=source.trusted)
     except OSError:  # a base may have none
         settings = GenerationConfig.from_model_config(base_config(finished.base))
     known = _ends(settings)

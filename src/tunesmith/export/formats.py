@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -44,11 +44,12 @@ def load_pretrained(
 
 
 def load_base_model(
-    args: ModelArguments, dtype: torch.dtype, device: torch.device, tokenizer: PreTrainedTokenizerBase
+    args: ModelArguments, dtype: torch.dtype, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
     """The model of ``model_name_or_path`` on ``device`` in ``dtype``, in evaluation mode, on the attention asked for.
 
-    Every token of ``tokenizer`` has a row in it, and its configurations end and pad as the tokenizer does.
+    Every token of ``tokenizer`` has a row in it, and its configurations end and pad as the tokenizer does; if that is None,
+    the model is left as it is stored.
 
     Raises:
         ModelError: missing, damaged, pickled or unknown weights, code that was not allowed to run, or a tokenizer that does
@@ -64,10 +65,12 @@ def load_base_model(
     model = _from_folder(source, args, torch.float32 if source.adapter else dtype, device)
     if source.adapter:
         log.info("%s is merged into its base, %s", source.adapter, source.path)
-        fit_vocabulary(model, read_tokenizer(source.tokenizer), _known(tokenizer, source, model, args), resize=True)
+        own = read_tokenizer(source.tokenizer)
+        fit_vocabulary(model, own, _known(own, source, model, args), resize=True)
         model = load_finished(model, source.adapter).merge_and_unload().to(dtype)  # type: ignore[operator]
-    fit_vocabulary(model, tokenizer, _known(tokenizer, source, model, args), args.resize_vocab)
-    align_special_tokens(model, tokenizer)
+    if tokenizer is not None:
+        fit_vocabulary(model, tokenizer, _known(tokenizer, source, model, args), args.resize_vocab)
+        align_special_tokens(model, tokenizer)
     quantised = is_quantised(model)
     if args.upcast_layernorm or (args.upcast_layernorm is None and quantised):
         norms_to_float(model, args.layer_norm_names)

@@ -15,9 +15,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
-from tunesmith.model.adapter import ADAPTER_WEIGHTS, load_finished, load_trainable_params
+from tunesmith.model.adapter import load_finished, load_trainable_params
+from tunesmith.model.files import ADAPTER_WEIGHTS
 from tunesmith.model.load import load_base_model
-from tunesmith.model.tokenizer import hub_options, library_error, model_path
+from tunesmith.model.source import locate
+from tunesmith.model.tokenizer import library_error
 
 _CPU = torch.device("cpu")
 
@@ -41,9 +43,10 @@ def base_config(args: ModelArguments) -> Any:
     Raises:
         ModelError: it cannot be read, or the base is quantised on disk.
     """
-    path = model_path(args)
+    source = locate(args)
+    path = source.path
     try:
-        config = AutoConfig.from_pretrained(path, **hub_options(args, path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=source.trusted)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise library_error("configuration", path, error) from error
     quantised = getattr(config, "quantization_config", None)

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.config.arguments import ModelArguments, RunConfig
 from tunesmith.config.load import load_config
 from tunesmith.errors import CheckpointError, ModelError
-from tunesmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.model.lineage import ancestors
+from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.model.lineage import line_of
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.train.runfolder import CONFIG, is_finished
 
@@ -71,13 +71,11 @@ def open_finished(target: Path, base: str | None = None) -> Finished:
 
 
 def _of_run(run: Path, config: RunConfig, base: str | None) -> Finished:
-    line = ancestors(config.model)
-    source = config.model
-    if line and line[0].kind == "model":
-        source = source.model_copy(update={"model_name_or_path": str(line[0].path)})
+    line = line_of(config.model)
+    source = line.on(config.model)
     quantised = source if source.quantization_bit is not None else None
     plain = source.model_copy(update={"quantization_bit": None, **({"model_name_or_path": base} if base else {})})
-    weights = tuple(ancestor.path for ancestor in line if ancestor.kind == "weights")
+    weights = tuple(ancestor.path for ancestor in line.ancestors if ancestor.kind == "weights")
     return Finished(run, plain, weights, quantised, config)
 
 

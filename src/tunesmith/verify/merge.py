@@ -23,7 +23,7 @@ from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.merge import Merged, merge_adapter
-from tunesmith.model.tokenizer import hub_options, model_path
+from tunesmith.model.source import locate
 from tunesmith.train.finished import Finished, open_finished, tokenizer_of
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -168,9 +168,12 @@ class Check:
         finished = self.finished
         if finished.base is None:
             return _model(str(finished.folder))
-        path = model_path(finished.base)
-        options = hub_options(finished.base, path)
-        return {**_model(path, options), "adapter": str(finished.folder), "weights": [str(f) for f in finished.weights]}
+        source = locate(finished.base)
+        return {
+            **_model(str(source.path), {"trust_remote_code": source.trusted}),
+            "adapter": str(finished.folder),
+            "weights": [str(f) for f in finished.weights],
+        }
 
     def _trained_on(self) -> dict[str, Any] | None:
         args = self.finished.trained_on
