@@ -31,6 +31,7 @@ _PUBLIC = {
     "get_template": "tunesmith.data.named",
     "init_adapter": "tunesmith.model.tuning",
     "load_examples": "tunesmith.data.prepare",
+    "load_trainable_params": "tunesmith.model.adapter",
     "load_config": "tunesmith.config.load",
     "load_pretrained": "tunesmith.model.load",
     "plot_loss": "tunesmith.report.plot",
