@@ -31,6 +31,13 @@ from tunesmith.types import Source
 
 _PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")
 _BINS = 20
+_CERTIFIED = {
+    "conversation": "are certified: the text is what apply_chat_template renders, learned are the assistant's turns with their "
+    "ends and nothing else",
+    "pair": "are certified: both texts are what apply_chat_template renders, learned are the two answers and nothing else",
+    "feedback": "are certified: the text is what apply_chat_template renders, learned is the judged answer and nothing else",
+}
+"""What is proven of each row that is kept."""
 _WARNED = 100
 """Rows listed for one warning; errors are all listed."""
 _Seen = dict[int, tuple[Selection, int, bool]]
@@ -165,6 +172,8 @@ def _look_at_set(
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
     label = f"{name} (evaluation)" if held_out and name in config.data.dataset else name
+    if report.kept and target in _CERTIFIED and not config.data.train_on_prompt:
+        checked.notes.append(f"{label}: {report.kept:,} rows {_CERTIFIED[target]}")
     _count(label, report, checked, config.data.on_bad_row, duplicates)
     return rows
 
