@@ -39,8 +39,14 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(_count(p) for p in model.parameters())
     return sum(p.numel() for p in trainable_parameters(model).values()), total
+
+
+def _count(parameter: torch.nn.Parameter) -> int:
+    """Numbers in a parameter; of 4-bit ones, not the bytes that hold two of them each."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else int(torch.Size(packed.shape).numel())
 
 
 def save_trainable(model: torch.nn.Module, folder: Path) -> None:

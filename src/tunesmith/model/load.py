@@ -14,7 +14,7 @@ from tunesmith.model.adapter import load_finished
 from tunesmith.model.forward import segments_work
 from tunesmith.model.library import quiet_library
 from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
-from tunesmith.model.quantize import is_quantised, quantisation
+from tunesmith.model.quantize import check_foreign, is_quantised, keep_differentiable, missing_library, quantisation
 from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import library_error, load_tokenizer, read_tokenizer
 from tunesmith.model.vocabulary import align_special_tokens, fit_vocabulary
@@ -72,6 +72,7 @@ def load_base_model(
         fit_vocabulary(model, tokenizer, _known(tokenizer, source, model, args), args.resize_vocab)
         align_special_tokens(model, tokenizer)
     quantised = is_quantised(model)
+    keep_differentiable(model)
     if args.upcast_layernorm or (args.upcast_layernorm is None and quantised):
         norms_to_float(model, args.layer_norm_names)
     return (model if quantised else model.to(device)).eval()
@@ -88,6 +89,7 @@ def _from_folder(source: Source, args: ModelArguments, dtype: torch.dtype, devic
     path = source.path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=source.trusted)
+        check_foreign(config, args, path)
         text = config.get_text_config()
         pad = getattr(text, "pad_token_id", None)
         if pad is not None and not 0 <= pad < text.vocab_size:  # -1 in old files; no row of the embedding
@@ -102,6 +104,8 @@ def _from_folder(source: Source, args: ModelArguments, dtype: torch.dtype, devic
             trust_remote_code=source.trusted,
             **quantisation(args, dtype, device),
         )
+    except ImportError as error:
+        raise missing_library(config, path, error) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise library_error("model", path, error) from error
     except Exception as error:
