@@ -266,6 +266,7 @@ def masks(
 
 def main() -> None:
     """Entry point: errors that a user can cure are one message and an exit status, not a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when imported, and of each product that it rounds
     logger = logging.getLogger("tunesmith")
     logger.setLevel(logging.INFO)
     if not logger.handlers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 from transformers.utils import logging as transformers_logging
@@ -12,5 +11,4 @@ def quiet_library() -> None:
     """Silence transformers' progress bars and chatter; errors still raise."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells each product of matrices that it rounds
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
