@@ -23,10 +23,10 @@ from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import count_parameters, save_finished, stop_at
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
-from tunesmith.model.lineage import line_of
+from tunesmith.model.lineage import Line, line_of
 from tunesmith.model.load import load_base_model, prepare_flat
 from tunesmith.model.precision import pick_device, resolve_dtype
-from tunesmith.model.source import locate
+from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
@@ -68,41 +68,21 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     """
     quiet_library()
     line = line_of(config.model)
-    model_args = line.on(config.model)
-    source = locate(model_args)
-    if source.adapter and config.finetuning.finetuning_type in ("lora", "peft"):
-        raise ConfigError(
-            f"model_name_or_path: {source.adapter} is an adapter, and one on top of it would have a base that exists nowhere; "
-            f"set model_name_or_path: {source.path} and checkpoint_dir: {source.adapter}"
-        )
-    tokenizer = load_tokenizer(model_args)
-    for note in use_template(tokenizer, config.data.template):
-        reporter.note(f"note: {note}")
-    for sentence in no_effect(tokenizer, config.data.template_options):
-        reporter.note(f"warning: {sentence}")
+    source = _source(config, line)
+    tokenizer = _tokenizer(config, line, reporter)
     report = DataReport()
     train, held_out = load_rows(config, tokenizer, report)
     for sentence in report.found if isinstance(train, ExampleStream) else report.lines():
         reporter.note(f"data: {sentence}")
-
     set_seed(config.training.seed)
     device = pick_device()
     dtype = resolve_dtype(config.compute_dtype, device)
-    full = config.finetuning.finetuning_type == "full"
-    base = load_base_model(model_args, torch.float32 if full else dtype, device, tokenizer)
-    attention = base.config._attn_implementation
-    longest = [int(rows.lengths.max()) for rows in (train, held_out) if not isinstance(rows, ExampleStream | None)]
-    longest += [config.data.cutoff_len] if config.data.streaming else []
-    segments = prepare_flat(base, config.model, max(longest))
-    rows = trainable_rows(base, added_token_ids(model_args, tokenizer))
-    model = init_adapter(base, config.finetuning, source.name, line, rows)
-    if config.training.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainable, total = count_parameters(model)
+    forward, attention = _model(config, line, source.name, tokenizer, _longest(config, train, held_out), dtype, device)
+    trainable, total = count_parameters(forward.model)
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
     given = Ingredients(
-        forward=FlatForward(model, segments, config.training.neftune_noise_alpha),
+        forward=forward,
         tokenizer=tokenizer,
         train_examples=train,
         eval_examples=held_out,
@@ -121,6 +101,55 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         },
     )
     return TRAINERS[config.finetuning.stage](config.training, given), report
+
+
+def _source(config: RunConfig, line: Line) -> Source:
+    """Where the base is, its files checked."""
+    source = locate(line.on(config.model))
+    if source.adapter and config.finetuning.finetuning_type in ("lora", "peft"):
+        raise ConfigError(
+            f"model_name_or_path: {source.adapter} is an adapter, and one on top of it would have a base that exists nowhere; "
+            f"set model_name_or_path: {source.path} and checkpoint_dir: {source.adapter}"
+        )
+    return source
+
+
+def _tokenizer(config: RunConfig, line: Line, reporter: Reporter) -> PreTrainedTokenizerBase:
+    """The tokenizer with the template asked for; what is remarkable of both is said."""
+    tokenizer = load_tokenizer(line.on(config.model))
+    for note in use_template(tokenizer, config.data.template):
+        reporter.note(f"note: {note}")
+    for sentence in no_effect(tokenizer, config.data.template_options):
+        reporter.note(f"warning: {sentence}")
+    return tokenizer
+
+
+def _longest(config: RunConfig, *sets: Examples | ExampleStream | None) -> int:
+    """Tokens of the longest row; of a stream, the most that there can be."""
+    known = [int(rows.lengths.max()) for rows in sets if not isinstance(rows, ExampleStream | None)]
+    return max([*known, config.data.cutoff_len] if config.data.streaming else known)
+
+
+def _model(
+    config: RunConfig,
+    line: Line,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[FlatForward, str]:
+    """The model, made trainable, and the library's attention that it was loaded with."""
+    args = line.on(config.model)
+    full = config.finetuning.finetuning_type == "full"
+    base = load_base_model(args, torch.float32 if full else dtype, device, tokenizer)
+    attention = base.config._attn_implementation
+    segments = prepare_flat(base, args, longest)
+    rows = trainable_rows(base, added_token_ids(args, tokenizer))
+    model = init_adapter(base, config.finetuning, name, line, rows)
+    if config.training.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return FlatForward(model, segments, config.training.neftune_noise_alpha), attention
 
 
 def load_rows(
