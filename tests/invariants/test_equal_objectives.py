@@ -25,6 +25,7 @@ from tunesmith.model.forward import FlatForward, segments_work
 from tunesmith.model.load import load_base_model
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.tuning import init_adapter
+from tunesmith.stages.run import build_trainer
 from tunesmith.stages.run import run as run_stage
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.runlog import read_log
@@ -103,6 +104,32 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     once, calls[0] = calls[0], 0
     assert_close(plain, history(settings, write_config, "recomputed", gradient_checkpointing=True))
     assert calls[0] > 1.5 * once
+
+
+@pytest.mark.parametrize("quantised", [{}, {"quantization_bit": 4}, {"quantization_bit": 8}])
+def test_n7_recomputing_reaches_every_adapter_and_leaves_the_base_alone(
+    settings: dict[str, Any], write_config: Any, quantised: dict[str, Any]
+) -> None:
+    runs, weights = [], []
+    for recompute in (False, True):
+        values = {**settings, **quantised, "gradient_checkpointing": recompute, "max_steps": 3}
+        trainer, _ = build_trainer(load_config(write_config(values))[0], SilentReporter())
+        base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        losses = []
+        for window in trainer.loader.windows(0):
+            losses.append(trainer.training_step(window).loss_sum)
+            if len(losses) == 3:
+                break
+        after = dict(trainer.model.named_parameters())
+        assert all(torch.equal(value, after[name]) for name, value in base.items())
+        changed = {name: p.detach().clone() for name, p in after.items() if "lora_B" in name}
+        assert len(changed) == 14
+        assert all(p.norm() > 1e-6 for p in changed.values())
+        runs.append(losses)
+        weights.append(changed)
+    torch.testing.assert_close(torch.tensor(runs[0]), torch.tensor(runs[1]), rtol=1e-5, atol=0)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_logging_interval_weighs_by_tokens(settings: dict[str, Any], write_config: Any) -> None:
