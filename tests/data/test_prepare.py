@@ -12,6 +12,7 @@ from tunesmith.data.collator import collate
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.preprocess import preprocess_data
 from tunesmith.data.report import DataReport
+from tunesmith.data.tokenize import TextEncoder
 from tunesmith.errors import DataError
 from tunesmith.types import IGNORE_INDEX, Conversation, Example, Message, Source
 
@@ -183,3 +184,21 @@ def test_rows_that_cannot_be_certified_end_the_run_unless_told(settings: dict[st
     strict = tunesmith("preview", write_config(asked), "on_bad_row=error", check=False)
     assert "2 of 8 rows cannot be trained on" in strict.stderr
     assert "mixed.jsonl:8 (row 8): the prompt is empty" in strict.stderr
+
+
+def test_a_huge_row_is_cut_without_tokenising_what_cannot_fit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, longest = TextEncoder.encode, [0]
+
+    def watched(self: TextEncoder, texts: Any) -> Any:
+        longest[0] = max(longest[0], *(len(text.text) for text in texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode", watched)
+    row = {"instruction": "the cat sat " * 100_000, "output": "mat"}
+    (example,), report = prepare(tiny_model, write_dataset(tmp_path, [row]), cutoff_len=64)
+    assert [finding.count for finding in report.of("cut")] == [1]
+    assert 48 < len(example) <= 64
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(tiny_model))
+    assert longest[0] <= 64 * encoder.longest_token

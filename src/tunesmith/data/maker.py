@@ -6,6 +6,7 @@ does not; so while one chunk of rows is tokenised the next can be rendered.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -177,14 +178,17 @@ class DialogueMaker(ABC, Generic[T]):
         return kept
 
     def _fits(self, row: T) -> bool:
-        made = self._made(row)
-        return made is not None and all(len(one.ids) <= self.limits.cutoff_len for one in made)
+        limit = self.limits.cutoff_len
+        made = self._made(row, limit * self.encoder.longest_token)
+        return made is not None and all(len(one.ids) <= limit for one in made)
 
-    def _made(self, row: T) -> list[Learned] | None:
-        """The tokenised renderings of one row; None where the template refuses it."""
+    def _made(self, row: T, most: float = math.inf) -> list[Learned] | None:
+        """The tokenised renderings of one row; None where the template refuses it, or one has more than ``most`` characters."""
         try:
             views = self.views(row)
         except TemplateError:
+            return None
+        if any(len(view.text) > most for view in views):
             return None
         return self.learned(row, views, self.encoder.encode([_text(view) for view in views]))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -194,6 +195,11 @@ class TextEncoder:
             else:
                 made.append(Tokens(ids[begin:end], tuple(zip(own[::2], own[1::2], strict=True)), reaching))
         return made
+
+    @cached_property
+    def longest_token(self) -> float:
+        """Characters that one token stands for at most; infinite where that cannot be told."""
+        return math.inf if self._byte_lengths is None else float(self._byte_lengths.max())
 
     @cached_property
     def _byte_lengths(self) -> np.ndarray | None:
