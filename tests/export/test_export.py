@@ -18,6 +18,7 @@ from tests.conftest import tunesmith
 from tests.export.conftest import hashes
 from tunesmith.errors import CheckpointError, ConfigError, ModelError, VerificationError
 from tunesmith.export import place
+from tunesmith.train.finished import open_finished
 
 ARCHITECTURES = ("stories260K", "stories260K-mistral", "stories260K-qwen2", "stories260K-phi3", "stories260K-gemma", "stories260K-mixtral")  # fmt: skip
 _IDS = torch.arange(3, 60).view(3, 19)
@@ -113,6 +114,32 @@ def test_e2_added_tokens_arrive_bit_equal(tiny_model: Path, tmp_path: Path, expo
     assert GenerationConfig.from_pretrained(output).eos_token_id == GenerationConfig.from_pretrained(tiny_model).eos_token_id
 
 
+@pytest.mark.parametrize("options", [{}, {"adapter_only": True}], ids=["merged", "adapter"])
+@pytest.mark.parametrize("name", ["stories260K", "stories260K-gemma"], ids=["tied", "untied"])
+def test_e2_tokens_that_a_run_added(shared: Path, trained: Any, export_here: Any, name: str, options: dict[str, Any]) -> None:
+    run = trained(model_name_or_path=str(shared / "models" / name), template="chatml", add_tokens=["<one>", "<two>", "<three>"])
+    output, _ = export_here(run, **options)
+    assert proof_of(output)["export"]["max"] <= 1e-4
+    rows = {key: t for key, t in load_file(run / "adapter_model.safetensors").items() if "token_adapter" in key}
+    assert len(rows) == (1 if name == "stories260K" else 2)
+    weights = load_file(output / ("adapter_model.safetensors" if options else "model.safetensors"))
+    for key, learned in rows.items():
+        layer = "lm_head" if "lm_head" in key else "model.embed_tokens"
+        again = weights[key] if options else weights[f"{layer}.weight"][512:515]
+        assert torch.equal(again, learned)
+    assert len(AutoTokenizer.from_pretrained(output)) >= 515
+
+
+def test_a_run_does_not_say_that_code_may_run(trained: Any) -> None:
+    run = trained()
+    settings = (run / "config.yaml").read_text(encoding="utf-8").replace("trust_remote_code: false", "trust_remote_code: true")
+    (run / "config.yaml").write_text(settings, encoding="utf-8")
+    assert "trust_remote_code: true" in settings
+    base = open_finished(run).base
+    assert base is not None
+    assert base.trust_remote_code is False
+
+
 def test_generation_stops_at_the_end_of_a_turn(shared: Path, trained: Any, export_here: Any, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(shared / "models" / "stories260K", base)
@@ -165,9 +192,11 @@ def test_adapter_only_is_the_adapter(trained: Any, tiny_model: Path, export_here
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes")
-def test_a_quantised_run_is_merged_into_the_base_it_names(trained: Any, export_here: Any) -> None:
+def test_a_quantised_run_is_merged_into_the_base_it_names(shared: Path, trained: Any, export_here: Any) -> None:
+    """Layers of this model have widths that are no multiple of 32."""
     pytest.importorskip("bitsandbytes")
-    output, said = export_here(trained(quantization_bit=4))
+    base = str(shared / "models" / "stories260K")
+    output, said = export_here(trained(quantization_bit=4, model_name_or_path=base, template="chatml"))
     proof = proof_of(output)
     assert proof["export"]["max"] <= 1e-4
     assert proof["trained_on"]["relative"] > 1e-3

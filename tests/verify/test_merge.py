@@ -26,7 +26,6 @@ FOUND = {
     "largest_logit": 5.0,
     "agree": 4,
     "prompts": 4,
-    "tokenizer": 400,
     "missing": [],
     "unexpected": [],
 }

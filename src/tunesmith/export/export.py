@@ -198,7 +198,7 @@ def _write_model(
         if finished.trained_on is not None:
             bits = finished.trained_on.quantization_bit
             say(f"trained on the base in {bits} bits; merged into the base as it is on disk, which differs a little")
-        merged = merge_adapter(finished.base, finished.folder, finished.weights)
+        merged = merge_adapter(finished.base, finished.folder, tokenizer, finished.weights)
         model = merged.model
         if merged.untied:
             say("embedding and head are no longer the same: both are written, and tie_word_embeddings is false")

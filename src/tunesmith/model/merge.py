@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
@@ -59,19 +59,22 @@ def base_config(args: ModelArguments) -> Any:
     return config
 
 
-def merge_adapter(args: ModelArguments, adapter: Path, weights: Sequence[Path] = ()) -> Merged:
+def merge_adapter(
+    args: ModelArguments, adapter: Path, tokenizer: PreTrainedTokenizerBase, weights: Sequence[Path] = ()
+) -> Merged:
     """Load a base and merge an adapter into it, all in float32.
 
     Args:
         args: the base; must not ask for quantisation.
         adapter: folder in PEFT's layout.
+        tokenizer: each of its tokens gets a row in the base.
         weights: folders of earlier trained weights, put into the base first.
 
     Raises:
         ModelError: base, weights and adapter do not fit, the method cannot be merged, or a merged weight is not finite.
     """
     base_config(args)
-    base = load_base_model(args, torch.float32, _CPU)
+    base = load_base_model(args, torch.float32, _CPU, tokenizer)
     for folder in weights:
         load_trainable_params(base, folder)
     was_tied = _is_tied(base)

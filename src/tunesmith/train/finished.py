@@ -72,7 +72,7 @@ def open_finished(target: Path, base: str | None = None) -> Finished:
 
 def _of_run(run: Path, config: RunConfig, base: str | None) -> Finished:
     line = line_of(config.model)
-    source = line.on(config.model)
+    source = line.on(config.model).model_copy(update={"trust_remote_code": False})  # a run's word is not the user's
     quantised = source if source.quantization_bit is not None else None
     plain = source.model_copy(update={"quantization_bit": None, **({"model_name_or_path": base} if base else {})})
     weights = tuple(ancestor.path for ancestor in line.ancestors if ancestor.kind == "weights")

@@ -24,6 +24,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.merge import Merged, merge_adapter
 from tunesmith.model.source import locate
+from tunesmith.model.tokenizer import read_tokenizer
 from tunesmith.train.finished import Finished, open_finished, tokenizer_of
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -110,7 +111,7 @@ def verify_merge(target: Path, base: str | None = None, tolerance: float | None 
     tokenizer = tokenizer_of(finished)
     with tempfile.TemporaryDirectory(prefix="tunesmith-verify-") as scratch:
         folder = Path(scratch) / "merged"
-        merged: Merged | None = merge_adapter(finished.base, target, finished.weights)
+        merged: Merged | None = merge_adapter(finished.base, target, tokenizer, finished.weights)
         assert merged is not None
         check = Check(finished, tokenizer, Path(scratch))
         check.note(merged.model)
@@ -132,6 +133,7 @@ class Check:
     def __init__(self, finished: Finished, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> None:
         self.finished = finished
         self.rows = test_rows(tokenizer)
+        self.tokens = len(tokenizer)
         self.file = scratch / "logits.safetensors"
 
     @torch.no_grad()
@@ -158,6 +160,7 @@ class Check:
             "reference": reference,
             "export": export,
             "rows": self.rows,
+            "tokens": self.tokens,
             "prompts": len(_PROMPTS),
             "new_tokens": _NEW_TOKENS,
             "merged": str(self.file) if self.file.is_file() else None,
@@ -173,6 +176,7 @@ class Check:
             **_model(str(source.path), {"trust_remote_code": source.trusted}),
             "adapter": str(finished.folder),
             "weights": [str(f) for f in finished.weights],
+            "vocabulary": [len(read_tokenizer(source.path)), self.tokens],
         }
 
     def _trained_on(self) -> dict[str, Any] | None:
@@ -181,7 +185,7 @@ class Check:
 
 
 def _model(path: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"path": path, "options": options or {}, "adapter": None, "weights": [], "quantisation": None}
+    return {"path": path, "options": options or {}, "adapter": None, "weights": [], "vocabulary": None, "quantisation": None}
 
 
 def _bits(args: ModelArguments) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     """Compare logits and greedy continuations.
 
     Args:
-        asked: ``reference`` and ``export``, each ``{path, options, adapter, weights, quantisation}`` as ``_load`` takes them;
+        asked: ``reference`` and ``export``, each ``{path, options, adapter, weights, vocabulary, quantisation}`` as
+            ``_load`` takes them; ``tokens``, of how many the logits are compared;
             ``rows`` of token ids, ``prompts`` the number of rows at the beginning that are continued, ``new_tokens`` how far;
             ``merged`` a safetensors file with logits ``0``, ``1``, ... of the merged model before it was written, or null;
             ``trained_on`` as ``reference``, or null.
@@ -35,10 +36,10 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``export``: greatest difference ``max`` and its root mean square relative to that of the logits, ``relative``;
         ``merged`` the same before writing, ``trained_on`` the same between the base as it was trained on and the reference;
-        ``largest_logit``, ``agree`` of ``prompts`` continuations, ``tokenizer`` the number of its tokens, ``missing`` and
+        ``largest_logit``, ``agree`` of ``prompts`` continuations, ``missing`` and
         ``unexpected`` names of weights.
     """
-    rows, count, length = asked["rows"], asked["prompts"], asked["new_tokens"]
+    rows, count, length, width = asked["rows"], asked["prompts"], asked["new_tokens"], asked["tokens"]
     model, _ = _load(**asked["reference"])
     reference, told = _logits(model, rows), _continue(model, rows[:count], length)
     del model
@@ -47,32 +48,41 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     exported, again = _logits(model, rows), _continue(model, rows[:count], length)
     del model
     gc.collect()
-    tokenizer = AutoTokenizer.from_pretrained(asked["export"]["adapter"] or asked["export"]["path"])
+    AutoTokenizer.from_pretrained(asked["export"]["adapter"] or asked["export"]["path"])  # raises if it does not load
     result = {
-        "export": _difference(exported, reference),
-        "largest_logit": max(float(t.abs().max()) for t in reference),
+        "export": _difference(exported, reference, width),
+        "largest_logit": max(float(t[:, :width].abs().max()) for t in reference),
         "agree": sum(one == other for one, other in zip(told, again, strict=True)),
         "prompts": count,
-        "tokenizer": len(tokenizer),
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
     }
     if asked["merged"]:
         stored = load_file(asked["merged"])
-        result["merged"] = _difference([stored[str(i)] for i in range(len(rows))], reference)
+        result["merged"] = _difference([stored[str(i)] for i in range(len(rows))], reference, width)
     if asked["trained_on"]:
         model, _ = _load(**asked["trained_on"])
-        result["trained_on"] = _difference(_logits(model, rows), reference)
+        result["trained_on"] = _difference(_logits(model, rows), reference, width)
     return result
 
 
 def _load(
-    path: str, options: dict[str, Any], adapter: str | None, weights: list[str], quantisation: dict[str, Any] | None
+    path: str,
+    options: dict[str, Any],
+    adapter: str | None,
+    weights: list[str],
+    vocabulary: list[int] | None,
+    quantisation: dict[str, Any] | None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     extra = {"quantization_config": BitsAndBytesConfig(**quantisation), "device_map": {"": "cpu"}} if quantisation else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **extra, **options
     )
+    for module in model.modules() if quantisation else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # else bitsandbytes packs anew, for other kernels than training had
+            module.support_avx512bf16_for_cpu = False
+    if vocabulary:
+        _add_rows(model, *vocabulary)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for folder in weights:
@@ -83,6 +93,20 @@ def _load(
             model.resize_token_embeddings(rows, mean_resizing=False)
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), info
+
+
+@torch.no_grad()
+def _add_rows(model: Any, known: int, total: int) -> None:
+    """Rows for tokens beyond the ``known`` ones, each the mean of those, as they were when training began."""
+    rows = model.get_input_embeddings().num_embeddings
+    known = min(known, rows)
+    if total > rows:
+        model.resize_token_embeddings(total, pad_to_multiple_of=1 if rows % 64 else 64, mean_resizing=False)
+    if total > known:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        ends = [embedding.weight, *([] if head is None or head.weight is embedding.weight else [head.weight])]
+        for weight in [*ends, *([] if getattr(head, "bias", None) is None else [head.bias])]:
+            weight[known:total] = weight[:known].float().mean(0).to(weight.dtype)
 
 
 def _embedding_rows(model: Any, adapter: Path) -> int | None:
@@ -115,12 +139,10 @@ def _continue(model: Any, rows: Rows, length: int) -> list[list[int]]:
     return told
 
 
-def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[str, float]:
-    width = min(found[0].shape[-1], expected[0].shape[-1])
-    if found[0].shape[-1] != expected[0].shape[-1]:
-        raise SystemExit(f"the export tells {found[0].shape[-1]} tokens apart, base and adapter {expected[0].shape[-1]}")
-    one = torch.cat([t.reshape(-1, width) for t in found]).double()
-    other = torch.cat([t.reshape(-1, width) for t in expected]).double()
+def _difference(found: list[torch.Tensor], expected: list[torch.Tensor], width: int) -> dict[str, float]:
+    if found[0].shape[-1] < width:
+        raise SystemExit(f"the export has logits for {found[0].shape[-1]} tokens, its tokenizer has {width}")
+    one, other = (torch.cat([rows[:, :width] for rows in logits]).double() for logits in (found, expected))
     return {
         "max": float((one - other).abs().max()),
         "relative": float((one - other).square().mean().sqrt() / other.square().mean().sqrt()),
