@@ -1,4 +1,4 @@
-"""What is trained: adapters in PEFT's format, or weights of the model. Saving and loading of just that."""
+"""What is trained: adapters in PEFT's format, or weights of the model, and a value head on it. Saving and loading of just that."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
+from tunesmith.model.heads import ValueHead, head_parameters, load_value_head, save_value_head
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
@@ -32,14 +33,32 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def set_head(model: torch.nn.Module, head: ValueHead) -> None:
+    """Put a value head on the model: it is trained, saved and loaded with it, in a file of its own."""
+    model.__dict__["_tunesmith_head"] = head
+
+
+def head_of(model: torch.nn.Module) -> ValueHead | None:
+    """What ``set_head`` was given."""
+    found: ValueHead | None = model.__dict__.get("_tunesmith_head")
+    return found
+
+
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Name -> parameter for all that receive gradients."""
+    """Name -> parameter for all that receive gradients, those of a value head last."""
+    head = head_of(model)
+    on_top = head_parameters(head) if head is not None else {}
+    return {**_own_trainable(model), **{name: p for name, p in on_top.items() if p.requires_grad}}
+
+
+def _own_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    total = sum(_count(p) for p in model.parameters())
+    head = head_of(model)
+    total = sum(_count(p) for p in (*model.parameters(), *(head.parameters() if head is not None else ())))
     return sum(p.numel() for p in trainable_parameters(model).values()), total
 
 
@@ -50,13 +69,19 @@ def _count(parameter: torch.nn.Parameter) -> int:
 
 
 def save_trainable(model: torch.nn.Module, folder: Path) -> None:
-    """Write only what is trained: an adapter in PEFT's layout, or the changed weights."""
+    """Write only what is trained: an adapter in PEFT's layout, or the changed weights; beside it the value head, if any."""
     if isinstance(model, PeftModel):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         save_file(_plain(state), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _save_adapter_config(model.active_peft_config, folder)
     else:
-        save_file(_plain(trainable_parameters(model)), folder / TRAINABLE_WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(_own_trainable(model)), folder / TRAINABLE_WEIGHTS, metadata={"format": "pt"})
+    _save_head(model, folder)
+
+
+def _save_head(model: torch.nn.Module, folder: Path) -> None:
+    if (head := head_of(model)) is not None:
+        save_value_head(head, folder)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -78,7 +103,9 @@ def load_trainable(model: torch.nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         load_adapter_weights(model, folder)
     else:
-        _fill(trainable_parameters(model), _read(folder / TRAINABLE_WEIGHTS), folder / TRAINABLE_WEIGHTS)
+        _fill(_own_trainable(model), _read(folder / TRAINABLE_WEIGHTS), folder / TRAINABLE_WEIGHTS)
+    if (head := head_of(model)) is not None:
+        head.load_state_dict(load_value_head(folder, head.width).state_dict())
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, adapter: str = "default") -> None:
@@ -142,16 +169,19 @@ def stop_at(model: torch.nn.Module, ends: Sequence[int]) -> None:
 def save_finished(model: torch.nn.Module, folder: Path) -> None:
     """Write the result for use elsewhere: an adapter for the base, or a whole model in Transformers' layout.
 
-    What lies between the base and the adapter (``beneath``) is joined with it, so that it fits the base as it is.
+    What lies between the base and the adapter (``beneath``) is joined with it, so that it fits the base as it is. A value head
+    goes beside either.
     """
     beneath = beneath_of(model)
     if isinstance(model, PeftModel) and beneath:
         _save_joined(model, beneath, folder)
+        _save_head(model, folder)
     elif isinstance(model, PeftModel):
         save_trainable(model, folder)
     else:
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(folder)
+        _save_head(model, folder)
 
 
 def set_beneath(model: torch.nn.Module, beneath: list[Factors]) -> None:

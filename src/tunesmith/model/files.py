@@ -19,9 +19,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+VALUE_HEAD = "value_head.safetensors"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar")
+_HEADS = ("value_head", "vhead", "v_head")
 _LARGEST_JSON = 64 << 20
 
 
@@ -41,6 +43,11 @@ _CONVERT = (
     "can be harmed: load it with the program that made it and write it with save_pretrained(..., safe_serialization=True)"
 )
 
+_CONVERT_HEAD = (
+    "pickles can run code and are never loaded. Convert it where nothing can be harmed (safetensors.torch.save_file of its "
+    f"tensors, as {VALUE_HEAD}), or remove it if no reward model is wanted"
+)
+
 
 def check_model_folder(folder: Path, trusted: bool = False, weights: bool = True) -> None:
     """Refuse a model folder that cannot or must not be loaded.
@@ -56,6 +63,7 @@ def check_model_folder(folder: Path, trusted: bool = False, weights: bool = True
     check_config(folder, trusted)
     if weights:
         read_weight_headers(folder, WEIGHTS, INDEX)
+        read_head_header(folder)
 
 
 def check_adapter_folder(folder: Path) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
     if config.get("megatron_config") is not None:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: megatron_config would import a module that the file names; refused")
     read_weight_headers(folder, ADAPTER_WEIGHTS, None)
+    read_head_header(folder)
     return config
 
 
@@ -155,6 +164,20 @@ def read_weight_headers(folder: Path, single: str, index: str | None) -> dict[st
     raise ModelError(
         f"{folder}: holds no weights; expected {single}" + (f" or {index}" if index else "") + "; pickled ones are never loaded"
     )
+
+
+def read_head_header(folder: Path) -> dict[str, Stored] | None:
+    """The tensors of a value head beside a model or an adapter; None where there is none.
+
+    Raises:
+        ModelError: no safetensors, or damaged ones.
+    """
+    if (folder / VALUE_HEAD).is_file():
+        return read_header(folder / VALUE_HEAD)
+    pickles = [folder / (stem + suffix) for stem in _HEADS for suffix in _PICKLES]
+    if found := next((path for path in pickles if path.is_file()), None):
+        raise ModelError(f"{found}: holds a value head as a pickle, and there is no {VALUE_HEAD}; {_CONVERT_HEAD}")
+    return None
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:

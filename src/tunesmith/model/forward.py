@@ -1,4 +1,4 @@
-"""Flat batch in, logits at chosen positions out, whatever the model can take.
+"""Flat batch in, logits or hidden states at chosen positions out, whatever the model can take.
 
 Where a model's attention accepts row boundaries, rows are computed end to end; otherwise they are padded inside
 this module, with a message. The choice is not guessed from names: a probe runs both ways and compares.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tunesmith.errors import ModelError
 from tunesmith.model.adapter import unwrap
 from tunesmith.model.attention import SEGMENTS, NotSegmentable
 from tunesmith.model.noise import EmbeddingNoise
@@ -39,14 +40,39 @@ class FlatForward:
         """Logits ``[S, V]`` where the batch has targets; the output head runs there only, if the model allows it."""
         return self._flat(batch) if self.segments else self._padded(batch)
 
+    def hidden(self, batch: Batch, positions_P: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[P, H]`` at positions of the flat batch, as the output head would be given; it is not run.
+
+        Whatever adapters are active take part.
+
+        Raises:
+            ModelError: the library does not tell the decoder of this model.
+        """
+        decoder = unwrap(self.model).get_decoder()
+        if self.segments:
+            states_TH = _states(decoder(**self._flat_inputs(batch)))[0]
+            return states_TH[positions_P]
+        inputs, real_BL = self._padded_inputs(batch)
+        return _states(decoder(**inputs))[real_BL][positions_P]
+
     def _flat(self, batch: Batch) -> torch.Tensor:
+        inputs = self._flat_inputs(batch)
+        if self._keeps_logits:
+            return self.model(**inputs, logits_to_keep=batch.positions_S).logits[0]
+        return self.model(**inputs).logits[0, batch.positions_S]
+
+    def _padded(self, batch: Batch) -> torch.Tensor:
+        inputs, real_BL = self._padded_inputs(batch)
+        return self.model(**inputs).logits[real_BL][batch.positions_S]
+
+    def _flat_inputs(self, batch: Batch) -> dict[str, Any]:
         # the boundaries stay on the host: the attention function needs them as numbers
         boundaries = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         longest = max(batch.lengths)
         if self._noise:
             lengths = torch.tensor(batch.lengths)
             self._noise.lengths = lengths.repeat_interleave(lengths)[None]
-        inputs: dict[str, Any] = {
+        return {
             "input_ids": batch.input_ids_T[None],
             "position_ids": batch.position_ids_T[None],
             "cu_seq_lens_q": boundaries,
@@ -55,11 +81,9 @@ class FlatForward:
             "max_length_k": longest,
             "use_cache": False,
         }
-        if self._keeps_logits:
-            return self.model(**inputs, logits_to_keep=batch.positions_S).logits[0]
-        return self.model(**inputs).logits[0, batch.positions_S]
 
-    def _padded(self, batch: Batch) -> torch.Tensor:
+    def _padded_inputs(self, batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
+        """Keyword arguments, and which entries of the padded batch are real, ``[B, L]``."""
         rows, longest = len(batch.lengths), max(batch.lengths)
         lengths = torch.tensor(batch.lengths, device=batch.input_ids_T.device)
         if self._noise:
@@ -69,10 +93,24 @@ class FlatForward:
         position_ids_BL = torch.zeros_like(input_ids_BL)
         input_ids_BL[real_BL] = batch.input_ids_T
         position_ids_BL[real_BL] = batch.position_ids_T
-        output = self.model(
-            input_ids=input_ids_BL, attention_mask=real_BL.long(), position_ids=position_ids_BL, use_cache=False
+        inputs = {
+            "input_ids": input_ids_BL,
+            "attention_mask": real_BL.long(),
+            "position_ids": position_ids_BL,
+            "use_cache": False,
+        }
+        return inputs, real_BL
+
+
+def _states(output: Any) -> torch.Tensor:
+    """What a decoder ends with. Raises ModelError when it is no decoder."""
+    states = getattr(output, "last_hidden_state", None)
+    if not isinstance(states, torch.Tensor):
+        raise ModelError(
+            f"no hidden states from this model ({type(output).__name__}): the library does not tell its decoder from its head, "
+            "so a value head has nothing to read; use another model"
         )
-        return output.logits[real_BL][batch.positions_S]
+    return states
 
 
 @torch.no_grad()
