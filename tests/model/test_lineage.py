@@ -181,3 +181,13 @@ def test_through_the_command_line(settings: dict[str, Any], write_config: Any, t
     assert started[0] == pytest.approx(started[1], abs=1e-5)
     result: Any = PeftModel.from_pretrained(load(tiny_model), tmp_path / "new")
     assert result.peft_config["default"].r == 16  # eight and eight, side by side
+
+
+def test_all_adapters_that_stay_are_frozen(tiny_model: Path, two: tuple[Path, Path]) -> None:
+    args = ModelArguments(
+        model_name_or_path=str(tiny_model), quantization_bit=8, checkpoint_dir=tuple(map(str, two)), resume_lora_training=False
+    )
+    base = load_base_model(args, torch.float32, CPU, load_tokenizer(args))
+    model = init_adapter(base, FinetuningArguments(), str(tiny_model), line_of(args))
+    assert {"beneath0", "beneath1"} < set(model.peft_config)  # type: ignore[arg-type]
+    assert {name.split(".")[-2] for name in trainable_parameters(model)} == {"default"}

@@ -1,4 +1,4 @@
-"""What is trained: adapters in PEFT's format, or weights of the model, and a value head on it. Saving and loading of just that."""
+"""What is trained: adapters in PEFT's format, or weights of the model, and a value head. Saving and loading of just that."""
 
 from __future__ import annotations
 

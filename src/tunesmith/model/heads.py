@@ -110,6 +110,15 @@ def save_value_head(head: ValueHead, folder: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def no_head(folder: Path) -> ModelError:
+    """What to say of a reward model without a head."""
+    return ModelError(
+        f"{folder / VALUE_HEAD}: no such file, so nothing says how hidden states become a score, and a head made up here would "
+        "score at random. Give the folder of a reward model that was saved with its head, or copy the file there: one linear "
+        f"layer, {WEIGHT} [1, width] and {BIAS} [1]"
+    )
+
+
 def load_value_head(folder: Path, width: int) -> ValueHead:
     """The head of a model or adapter.
 
@@ -123,11 +132,7 @@ def load_value_head(folder: Path, width: int) -> ValueHead:
     path = folder / VALUE_HEAD
     stored = read_head_header(folder)
     if stored is None:
-        raise ModelError(
-            f"{path}: no such file, so {folder} does not say how its hidden states become a score; a head made up here would "
-            f"score at random. Give the folder of a reward model that was saved with its head: one linear layer to one number, "
-            f"{WEIGHT} [1, {width}] and {BIAS} [1]"
-        )
+        raise no_head(folder)
     for name, tensor in stored.items():
         expected = {WEIGHT: (1, width), BIAS: (1,)}.get(name)
         if expected is None:
@@ -170,8 +175,8 @@ def sequence_head(model: PreTrainedModel, where: Path) -> ValueHead:
     score = getattr(model, "score", None)
     if not isinstance(score, torch.nn.Linear) or score.out_features != 1:
         raise ModelError(
-            f"{where}: {type(model).__name__} is no reward model that can be read here; expected one label (num_labels: 1) that "
-            "a linear layer named score reads off the last token. Call it from a function of yours (reward_model_type: function)"
+            f"{where}: {type(model).__name__} cannot be read as a reward model; expected one label (num_labels: 1) that a linear "
+            "layer named score reads off the last token. Others can be called from your own function (reward_model_type: function)"
         )
     state = {WEIGHT: score.weight} if score.bias is None else {WEIGHT: score.weight, BIAS: score.bias}
     return _filled(ValueHead(score.in_features), state, where)

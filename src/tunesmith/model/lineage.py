@@ -184,18 +184,35 @@ def stay(tuned: PeftModel, name: str, folder: Path) -> Factors:
     Raises:
         ModelError: it does not fit.
     """
+    put_beside(tuned, name, folder)
+    earlier = [key for key in tuned.peft_config if key != "default"]
+    tuned.base_model.set_adapter([*earlier, "default"])  # makes all of them trainable
+    for key, parameter in tuned.named_parameters():
+        if any(f".{one}." in key for one in earlier):
+            parameter.requires_grad_(False)
+    return factors_of(tuned, name, folder)
+
+
+def put_beside(tuned: PeftModel, name: str, folder: Path) -> None:
+    """Put a finished adapter, frozen and in float32, into a model that has others; those that are active stay so.
+
+    Raises:
+        ModelError: it does not fit the model, or is of another method than the others.
+    """
     config = read_adapter_config(folder)
     config.inference_mode = True
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True
-    tuned.add_adapter(name, config)
+    learning = {id(parameter) for parameter in tuned.parameters() if parameter.requires_grad}
+    try:
+        tuned.add_adapter(name, config)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder}: the adapter does not fit beside the others: {str(error).splitlines()[0]}") from error
     load_adapter_weights(tuned, folder, name)
-    tuned.base_model.set_adapter([*(key for key in tuned.peft_config if key != "default"), "default"])
     for key, parameter in tuned.named_parameters():
+        parameter.requires_grad_(id(parameter) in learning)
         if f".{name}." in key:
-            parameter.requires_grad_(False)
             parameter.data = parameter.data.float()
-    return factors_of(tuned, name, folder)
 
 
 def joins(config: LoraConfig) -> bool:
