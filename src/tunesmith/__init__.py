@@ -34,6 +34,7 @@ _PUBLIC = {
     "load_trainable_params": "tunesmith.model.adapter",
     "load_config": "tunesmith.config.load",
     "load_pretrained": "tunesmith.model.load",
+    "load_reward_model": "tunesmith.model.reward",
     "plot_loss": "tunesmith.report.plot",
     "prepare_data": "tunesmith.data.prepare",
     "preprocess_data": "tunesmith.data.preprocess",

@@ -14,7 +14,7 @@ from tunesmith.config.arguments import (
     FinetuningArguments,
     GeneratingArguments,
 )
-from tunesmith.config.load import dump_yaml, load_config
+from tunesmith.config.load import dump_yaml, load_config, load_model_settings
 from tunesmith.config.rules import NICKNAMES, NO_EFFECT, UNSUPPORTED
 from tunesmith.errors import ConfigError
 
@@ -197,6 +197,16 @@ def test_keys_without_effect_are_noticed_not_refused(tmp_path: Path) -> None:
 def test_unsupported_keys_say_what_to_do(tmp_path: Path) -> None:
     assert "without padding" in refusal(tmp_path, yaml.safe_dump({**GOOD, "flash_attn": "fa2"}))
     assert "checkpoint_dir" in refusal(tmp_path, yaml.safe_dump({**GOOD, "adapter_name_or_path": "runs/x"}))
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_no_stage_ignores_a_reward_model(tmp_path: Path, stage: str) -> None:
+    keys = {"reward_model": "runs/rm", "reward_model_type": "full", "reward_timeout": 5}
+    said = refusal(tmp_path, yaml.safe_dump({**GOOD, "stage": stage, **keys}))
+    for key in keys:
+        assert f"{key}: has no meaning with stage: {stage}, where nothing is scored" in said
+    with pytest.raises(ConfigError, match="reward_model: has no meaning with chat"):
+        load_model_settings("m", ["reward_model=runs/rm"])
 
 
 def test_tables_hold_no_key_that_exists() -> None:

@@ -117,6 +117,21 @@ class ModelArguments(Arguments):
         description="Train the last adapter of checkpoint_dir on. false: a new adapter on top of it. Earlier ones are merged "
         "into the base, or kept beside if it is quantised.",
     )
+    reward_model: str | None = Field(
+        None,
+        min_length=1,
+        description="What scores answers: a folder, path/to/file.py:name, or an address (see reward_model_type). For "
+        "load_reward_model in Python; no stage of this version takes it.",
+    )
+    reward_model_type: Literal["lora", "full", "function", "api"] = Field(
+        "lora",
+        description="lora: an adapter with value_head.safetensors beside it, on model_name_or_path. full: a whole model with "
+        "that file, or a sequence classifier of one label. function: name(prompts, responses) of a Python file, which is run; "
+        "it returns a list of floats. api: a server that takes the same as JSON.",
+    )
+    reward_timeout: float | None = Field(
+        None, gt=0, description="reward_model_type: api: seconds to wait for an answer; 60 if unset."
+    )
     add_tokens: NameList = Field((), description="Tokens added to the tokenizer; their rows are learned with the adapter.")
     add_special_tokens: NameList = Field((), description="The same for special tokens, which decoding can leave out.")
     resize_vocab: bool = Field(

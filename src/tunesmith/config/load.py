@@ -26,6 +26,7 @@ from tunesmith.config.rules import (
     REFUSED_VALUES,
     UNSUPPORTED,
     violations,
+    without_reward,
 )
 from tunesmith.errors import ConfigError
 
@@ -108,6 +109,9 @@ def load_model_settings(
     take_aliases(raw)
     wanted: dict[str, type[Arguments]] = {"model": ModelArguments, "data": DataArguments, "generating": GeneratingArguments}
     parsed = parse_sections(raw, wanted)
+    asked = parsed.get("model")
+    for key, message in without_reward(asked, "chat") if isinstance(asked, ModelArguments) else ():
+        raw.problems.append(Problem(raw.places[key], key, message))
     if raw.problems:
         raise ConfigError(describe(raw.problems, None))
     model, data, generating = parsed["model"], parsed["data"], parsed["generating"]

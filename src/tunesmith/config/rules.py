@@ -13,6 +13,7 @@ from tunesmith.config.arguments import (
     TrainingArguments,
 )
 from tunesmith.config.optimizers import OPTIMIZERS, missing_library, read_options, unheeded
+from tunesmith.config.reward import REWARD_KEYS
 
 NO_EFFECT = {
     "neat_packing": "rows of a pack never see each other; packing: true is all it takes",
@@ -50,7 +51,7 @@ UNSUPPORTED = {
     "fsdp": "runs use one process in this version",
     "padding_side": "training batches have no padding; remove the key",
     "predict_with_generate": "generation during evaluation is not supported in this version",
-    "reward_model": "stage ppo is not supported in this version",
+    "reward_model_adapters": "name the adapter's folder as reward_model, with reward_model_type: lora",
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
     "use_apollo": "set optim: apollo_adamw, its rank, scale and so on as optim_args",
@@ -109,6 +110,7 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
         yield from _tuning_rules(finetuning)
         if isinstance(model, ModelArguments):
             yield from _quantisation_rules(model, finetuning)
+            yield from without_reward(model, f"stage: {finetuning.stage}")
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         yield from _optimizer_rules(training)
@@ -145,6 +147,16 @@ def _quantisation_rules(model: ModelArguments, finetuning: FinetuningArguments) 
             yield "pissa_init", "changes the base's weights, which quantization_bit rounds; use one of the two"
     if not model.resume_lora_training and not model.checkpoint_dir:
         yield "resume_lora_training", "false has no meaning without checkpoint_dir"
+
+
+def without_reward(model: ModelArguments, what: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, message) for keys of a reward model that are set where nothing is scored."""
+    for key in REWARD_KEYS:
+        if getattr(model, key) != _default(model, key):
+            yield (
+                key,
+                f"has no meaning with {what}, where nothing is scored, and this version has no stage ppo; remove the key",
+            )
 
 
 def _data_rules(data: DataArguments) -> Iterator[tuple[str, str]]:

@@ -28,6 +28,19 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+def collate_ids(rows: Sequence[np.ndarray]) -> Batch:
+    """Join rows of token ids, of which nothing is learned, into one flat batch."""
+    nothing = torch.empty(0, dtype=torch.long)
+    return Batch(
+        input_ids_T=torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+        position_ids_T=torch.cat([torch.arange(len(row)) for row in rows]),
+        positions_S=nothing,
+        targets_S=nothing,
+        lengths=tuple(len(row) for row in rows),
+        sources=(),
+    )
+
+
 def _weights(examples: Sequence[Example], positions_S: np.ndarray) -> np.ndarray | None:
     """Factor of each target's loss, or None where all are 1."""
     if all(e.weights is None for e in examples):

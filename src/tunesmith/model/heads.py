@@ -175,8 +175,8 @@ def sequence_head(model: PreTrainedModel, where: Path) -> ValueHead:
     score = getattr(model, "score", None)
     if not isinstance(score, torch.nn.Linear) or score.out_features != 1:
         raise ModelError(
-            f"{where}: {type(model).__name__} cannot be read as a reward model; expected one label (num_labels: 1) that a linear "
-            "layer named score reads off the last token. Others can be called from your own function (reward_model_type: function)"
+            f"{where}: {type(model).__name__} cannot be read as a reward model; expected one label (num_labels: 1), which a "
+            "linear layer named score reads off the last token. Call others from a function (reward_model_type: function)"
         )
     state = {WEIGHT: score.weight} if score.bias is None else {WEIGHT: score.weight, BIAS: score.bias}
     return _filled(ValueHead(score.in_features), state, where)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
@@ -78,6 +85,11 @@ def load_base_model(
     return (model if quantised else model.to(device)).eval()
 
 
+def load_classifier(args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The sequence classifier of ``model_name_or_path``, as it is stored. Raises ModelError as ``load_base_model`` does."""
+    return _from_folder(locate(args), args, dtype, device, AutoModelForSequenceClassification).to(device).eval()
+
+
 def _known(tokenizer: PreTrainedTokenizerBase, source: Source, model: PreTrainedModel, args: ModelArguments) -> int:
     """How many tokens the model was trained with; its own tokenizer is asked where that may not be all of ``tokenizer``."""
     if len(tokenizer) == model.get_input_embeddings().num_embeddings and not (args.add_tokens or args.add_special_tokens):
@@ -85,7 +97,9 @@ def _known(tokenizer: PreTrainedTokenizerBase, source: Source, model: PreTrained
     return len(read_tokenizer(source.path, source.trusted))
 
 
-def _from_folder(source: Source, args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _from_folder(
+    source: Source, args: ModelArguments, dtype: torch.dtype, device: torch.device, loader: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     path = source.path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=source.trusted)
@@ -94,7 +108,7 @@ def _from_folder(source: Source, args: ModelArguments, dtype: torch.dtype, devic
         pad = getattr(text, "pad_token_id", None)
         if pad is not None and not 0 <= pad < text.vocab_size:  # -1 in old files; no row of the embedding
             text.pad_token_id = None
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             path,
             config=config,
             dtype=dtype,
