@@ -26,6 +26,7 @@ _PUBLIC = {
     "PeftTrainer": "tunesmith.train.trainer",
     "PretrainPeftTrainer": "tunesmith.stages.pretrain",
     "Seq2SeqPeftTrainer": "tunesmith.stages.sft",
+    "Source": "tunesmith.types",
     "TrainingArguments": "tunesmith.config.arguments",
     "TunesmithError": "tunesmith.errors",
     "get_template": "tunesmith.data.named",
