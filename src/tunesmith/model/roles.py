@@ -31,16 +31,15 @@ def playing(model: PeftModel, *adapters: str) -> Iterator[None]:
 
 
 def _is_off(model: PeftModel) -> bool:
-    return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return next((module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)), False)
 
 
 def _switch(model: PeftModel, adapters: list[str], off: bool, learning: set[int]) -> None:
     """The library sets what receives gradients with each switch; it is put back."""
     tuner = model.base_model
-    tuner.set_adapter(adapters)
-    if off:
-        tuner.disable_adapter_layers()
-    else:
-        tuner.enable_adapter_layers()
+    if list(tuner.active_adapters) != adapters:
+        tuner.set_adapter(adapters)
+    if _is_off(model) != off:
+        (tuner.disable_adapter_layers if off else tuner.enable_adapter_layers)()
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
