@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,8 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.conftest import tunesmith
 from tests.export.conftest import hashes
+from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import CheckpointError, ConfigError, ModelError, VerificationError
 from tunesmith.export import place
+from tunesmith.model.heads import ValueHead, save_value_head
+from tunesmith.model.reward import ModelScorer, load_reward_model
 from tunesmith.train.finished import open_finished
 
 ARCHITECTURES = ("stories260K", "stories260K-mistral", "stories260K-qwen2", "stories260K-phi3", "stories260K-gemma", "stories260K-mixtral")  # fmt: skip
@@ -318,3 +322,22 @@ def test_m1_what_is_no_result_is_refused(trained: Any, tmp_path: Path, export_he
     done = tunesmith("export", run, "--output", tmp_path / "x", "--public", check=False)
     assert done.returncode == 2
     assert "--push ORG/NAME" in done.stderr
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_a_value_head_goes_along(trained: Any, tiny_model: Path, export_here: Any, adapter_only: bool) -> None:
+    run = trained()
+    head = ValueHead(64)
+    torch.nn.init.normal_(head.summary.weight, generator=torch.Generator().manual_seed(0))
+    save_value_head(head, run)
+
+    def scores(folder: Path, kind: Any) -> torch.Tensor:
+        values = {"model_name_or_path": str(tiny_model), "compute_dtype": "fp32"}
+        scorer = load_reward_model(ModelArguments(**values, reward_model=str(folder), reward_model_type=kind))  # type: ignore[arg-type]
+        assert isinstance(scorer, ModelScorer)
+        return scorer.row_scores([np.array([5, 6, 7]), np.array([9, 8])])
+
+    output, said = export_here(run, adapter_only=adapter_only)
+    assert any("value_head.safetensors goes along" in line for line in said)
+    kind = "lora" if adapter_only else "full"
+    torch.testing.assert_close(scores(output, kind), scores(run, "lora"), rtol=0, atol=1e-5)

@@ -22,6 +22,7 @@ from tunesmith.export.card import Subject, base_licence, write_card
 from tunesmith.export.push import check_name
 from tunesmith.model.adapter import stop_at
 from tunesmith.model.builtin import PREFIX
+from tunesmith.model.files import VALUE_HEAD, read_head_header
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_base_model
 from tunesmith.model.merge import base_config, merge_adapter
@@ -156,6 +157,9 @@ def _fill(
     else:
         dtype, settings = _write_model(scratch, output, finished, tokenizer, options, shard, comparison, say)
     tokenizer.save_pretrained(scratch)
+    if read_head_header(finished.folder) is not None:
+        shutil.copyfile(finished.folder / VALUE_HEAD, scratch / VALUE_HEAD)
+        say(f"{VALUE_HEAD} goes along: the export is a reward model")
     proof = comparison.prove(scratch, dtype, options.tolerance, options.adapter_only)
     shutil.rmtree(logits)
     for line in proof.lines():
