@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
@@ -224,6 +224,21 @@ def test_a_sequence_classifier(tiny_model: Path, tmp_path: Path) -> None:
     make(2)
     with pytest.raises(ModelError, match=r"LlamaForSequenceClassification cannot be read .*num_labels: 1"):
         reward(tiny_model, tmp_path / "classifier", "full")
+
+
+def test_the_adapter_of_a_sequence_classifier(tiny_model: Path, tmp_path: Path) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    torch.manual_seed(4)
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = get_peft_model(classifier, config).eval()
+    tuned.save_pretrained(tmp_path / "rm")
+    with torch.no_grad():
+        expected = torch.cat([tuned(torch.tensor(row)[None]).logits[0] for row in ROWS])
+    assert len(set(expected.tolist())) == 6
+    alone = reward(tiny_model, tmp_path / "rm").row_scores(ROWS)
+    beside = reward(tiny_model, tmp_path / "rm", trunk=FlatForward(policy(tiny_model), segments=False)).row_scores(ROWS)
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-6)
+    assert torch.equal(alone, beside)
 
 
 # ---- refused

@@ -108,10 +108,17 @@ def load_trainable(model: torch.nn.Module, folder: Path) -> None:
         head.load_state_dict(load_value_head(folder, head.width).state_dict())
 
 
-def load_adapter_weights(model: PeftModel, folder: Path, adapter: str = "default") -> None:
-    """Load the weights of an adapter. Raises ModelError on missing, extra, misshapen or damaged tensors."""
+def load_adapter_weights(model: PeftModel, folder: Path, adapter: str = "default", but: str | None = None) -> None:
+    """Load the weights of an adapter. Raises ModelError on missing, extra, misshapen or damaged tensors.
+
+    Args:
+        model: has the adapter.
+        folder: of the weights.
+        adapter: its name in the model.
+        but: a tensor that is left out.
+    """
     path = folder / ADAPTER_WEIGHTS
-    state = _read(path)
+    state = {name: tensor for name, tensor in _read(path).items() if name != but}
     _compare(state, get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False), path)
     set_peft_model_state_dict(model, state, adapter_name=adapter)
 

@@ -20,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 VALUE_HEAD = "value_head.safetensors"
+CLASSIFIER_HEAD = "base_model.model.score.weight"
+"""Where PEFT's adapters of sequence classifiers keep the head, among their own weights."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar")

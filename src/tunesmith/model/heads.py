@@ -2,7 +2,7 @@
 
 ``value_head.safetensors`` lies beside the adapter or model that it belongs to and holds ``v_head.summary.weight`` ``[1, H]``
 and ``v_head.summary.bias`` ``[1]``, float32: the names that TRL's models with value heads and LLaMA-Factory use, so that their
-files are read here and ours there.
+files are read here and ours there. The head of a sequence classifier (``score``) is read as one without a bias.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.files import VALUE_HEAD, read_head_header
+from tunesmith.model.files import ADAPTER_WEIGHTS, CLASSIFIER_HEAD, VALUE_HEAD, read_head_header
+from tunesmith.model.safetensors_file import Stored, read_header
 from tunesmith.types import Batch
 
 if TYPE_CHECKING:
@@ -119,8 +120,23 @@ def no_head(folder: Path) -> ModelError:
     )
 
 
+def has_head(folder: Path) -> bool:
+    """Whether a model or adapter comes with a head. Raises ModelError when it is a pickle, or damaged."""
+    return _find(folder) is not None
+
+
+def _find(folder: Path) -> tuple[Path, dict[str, str], dict[str, Stored]] | None:
+    """The file of the head, name there -> name here, and what is stored: a file of its own, or part of an adapter's."""
+    if (stored := read_head_header(folder)) is not None:
+        return folder / VALUE_HEAD, {WEIGHT: WEIGHT, BIAS: BIAS}, stored
+    adapter = folder / ADAPTER_WEIGHTS
+    if adapter.is_file() and (weight := read_header(adapter).get(CLASSIFIER_HEAD)) is not None:
+        return adapter, {CLASSIFIER_HEAD: WEIGHT}, {CLASSIFIER_HEAD: weight}
+    return None
+
+
 def load_value_head(folder: Path, width: int) -> ValueHead:
-    """The head of a model or adapter.
+    """The head of a model or adapter; of a sequence classifier's adapter as well, which has it among its own weights.
 
     Args:
         folder: of the model or adapter.
@@ -129,31 +145,31 @@ def load_value_head(folder: Path, width: int) -> ValueHead:
     Raises:
         ModelError: there is none, it is a pickle or damaged, holds other tensors, is of another width, or is not finite.
     """
-    path = folder / VALUE_HEAD
-    stored = read_head_header(folder)
-    if stored is None:
+    found = _find(folder)
+    if found is None:
         raise no_head(folder)
+    path, names, stored = found
     for name, tensor in stored.items():
-        expected = {WEIGHT: (1, width), BIAS: (1,)}.get(name)
-        if expected is None:
+        if name not in names:
             raise ModelError(f"{path}: unexpected tensor {name}; expected {WEIGHT} and {BIAS}")
+        expected = (1, width) if names[name] == WEIGHT else (1,)
         if tensor.shape != expected:
             raise ModelError(
                 f"{path}: {name} has shape {list(tensor.shape)}, expected {list(expected)}; was it trained on another model?"
             )
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{path}: {name} is stored as {tensor.dtype}; expected numbers with a fraction, such as F32")
-    if WEIGHT not in stored:
+    if WEIGHT not in (names[name] for name in stored):
         raise ModelError(f"{path}: holds no {WEIGHT}")
-    return _filled(ValueHead(width), _read(path), path)
+    return _filled(ValueHead(width), _read(path, {name: names[name] for name in stored}), path)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
     try:
-        state: dict[str, torch.Tensor] = load_file(path)
+        with safe_open(path, "pt") as file:
+            return {ours: file.get_tensor(theirs) for theirs, ours in names.items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
-    return state
 
 
 @torch.no_grad()

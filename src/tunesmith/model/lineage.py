@@ -29,8 +29,10 @@ from tunesmith.model.adapter import (
     load_trainable_params,
     own_factors,
 )
-from tunesmith.model.files import ADAPTER_CONFIG, check_adapter_folder
+from tunesmith.model.files import ADAPTER_CONFIG, CLASSIFIER_HEAD, check_adapter_folder
 
+_CLASSIFIERS = ("classifier", "score")
+"""Modules that PEFT saves with the adapter of a sequence classifier."""
 _GIVEN = ("lora_rank", "lora_alpha", "lora_target", "use_rslora", "use_dora", "additional_target", "pissa_init")
 
 
@@ -158,24 +160,43 @@ def continued_config(folder: Path, args: FinetuningArguments) -> PeftConfig:
 
 def merge(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Factors]:
     """The base with an adapter merged into it, and the adapter's factors. Raises ModelError when it does not fit."""
-    tuned = _with_adapter(model, folder)
+    tuned = with_adapter(model, folder)
     factors = factors_of(tuned, "default", folder)
     merged = tuned.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     return merged, factors
 
 
-def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    config = read_adapter_config(folder)
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = True
-    config.inference_mode = True
+def with_adapter(model: PreTrainedModel, folder: Path, name: str = "default", head: bool = False) -> PeftModel:
+    """A model with one finished adapter on it.
+
+    Args:
+        model: the base.
+        folder: of the adapter.
+        name: of the adapter in the model.
+        head: whether it may be that of a sequence classifier, whose head is left out.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    config = _finished_config(folder, head)
     try:
-        tuned = PeftModel(model, config)
+        tuned = PeftModel(model, config, adapter_name=name)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{folder}: the adapter does not fit the model: {str(error).splitlines()[0]}") from error
-    load_adapter_weights(tuned, folder)
+    load_adapter_weights(tuned, folder, name, CLASSIFIER_HEAD if head else None)
     return tuned
+
+
+def _finished_config(folder: Path, head: bool) -> PeftConfig:
+    config = read_adapter_config(folder)
+    config.inference_mode = True
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True
+        if head and config.task_type == "SEQ_CLS":
+            kept = [module for module in config.modules_to_save or () if module not in _CLASSIFIERS]
+            config.modules_to_save = kept or None
+    return config
 
 
 def stay(tuned: PeftModel, name: str, folder: Path) -> Factors:
@@ -193,22 +214,25 @@ def stay(tuned: PeftModel, name: str, folder: Path) -> Factors:
     return factors_of(tuned, name, folder)
 
 
-def put_beside(tuned: PeftModel, name: str, folder: Path) -> None:
+def put_beside(tuned: PeftModel, name: str, folder: Path, head: bool = False) -> None:
     """Put a finished adapter, frozen and in float32, into a model that has others; those that are active stay so.
+
+    Args:
+        tuned: has other adapters.
+        name: of the new one in the model.
+        folder: of the new one.
+        head: as ``with_adapter``.
 
     Raises:
         ModelError: it does not fit the model, or is of another method than the others.
     """
-    config = read_adapter_config(folder)
-    config.inference_mode = True
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = True
+    config = _finished_config(folder, head)
     learning = {id(parameter) for parameter in tuned.parameters() if parameter.requires_grad}
     try:
         tuned.add_adapter(name, config)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{folder}: the adapter does not fit beside the others: {str(error).splitlines()[0]}") from error
-    load_adapter_weights(tuned, folder, name)
+    load_adapter_weights(tuned, folder, name, CLASSIFIER_HEAD if head else None)
     for key, parameter in tuned.named_parameters():
         parameter.requires_grad_(id(parameter) in learning)
         if f".{name}." in key:

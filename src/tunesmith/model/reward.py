@@ -27,12 +27,12 @@ from tunesmith.data.collator import collate_ids
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Text
 from tunesmith.errors import ConfigError, ModelError, TemplateError
-from tunesmith.model.adapter import beneath_of, load_adapter_weights, unwrap
-from tunesmith.model.files import CONFIG, check_adapter_folder, read_head_header, read_json
+from tunesmith.model.adapter import beneath_of, unwrap
+from tunesmith.model.files import CONFIG, check_adapter_folder, read_json
 from tunesmith.model.forward import FlatForward
-from tunesmith.model.heads import ValueHead, head_width, load_value_head, no_head, row_scores, sequence_head
+from tunesmith.model.heads import ValueHead, has_head, head_width, load_value_head, no_head, row_scores, sequence_head
 from tunesmith.model.library import quiet_library
-from tunesmith.model.lineage import line_of, put_beside, read_adapter_config
+from tunesmith.model.lineage import line_of, put_beside, with_adapter
 from tunesmith.model.load import load_base_model, load_classifier, prepare_flat
 from tunesmith.model.precision import autocast, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
@@ -195,7 +195,7 @@ def _adapter(
     if resolve_base(folder, "reward_model").kind != "adapter":
         raise ModelError(f"reward_model: {folder} holds a whole model; set reward_model_type: full")
     check_adapter_folder(folder)
-    if read_head_header(folder) is None:
+    if not has_head(folder):
         raise no_head(folder)
     _compare_bases(args, folder)
     if trunk is None:
@@ -223,22 +223,14 @@ def _put_on(model: torch.nn.Module, folder: Path) -> None:
             "what the reward model was trained on; train the last adapter on (resume_lora_training: true, one adapter), or set "
             "reward_model_type: full"
         )
-    put_beside(model, REWARD, folder)
+    put_beside(model, REWARD, folder, head=True)
 
 
 def _lone_trunk(args: ModelArguments, folder: Path) -> FlatForward:
     """The base of the arguments with nothing but the reward adapter on it."""
     base, segments = _loaded(line_of(args).on(args))
     line_of(args).put_weights(base)
-    config = read_adapter_config(folder)
-    config.inference_mode = True
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True
-    try:
-        model = PeftModel(base.requires_grad_(False), config, adapter_name=REWARD)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit the model: {str(error).splitlines()[0]}") from error
-    load_adapter_weights(model, folder, REWARD)
+    model = with_adapter(base.requires_grad_(False), folder, REWARD, head=True)
     return FlatForward(model.eval(), segments)
 
 
@@ -308,7 +300,7 @@ def _whole(args: ModelArguments, date: str | None, options: Mapping[str, Any]) -
         raise ModelError(f"reward_model: {args.reward_model} is an adapter; set reward_model_type: lora, or export it")
     kinds = read_json(source.path / CONFIG).get("architectures")
     classifies = isinstance(kinds, list) and any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-    if read_head_header(source.path) is not None:
+    if has_head(source.path):
         model, segments = _loaded(own)
         head = load_value_head(source.path, head_width(model))
     elif classifies:
