@@ -37,6 +37,10 @@ Tolerance = Annotated[
     float | None,
     typer.Option(min=0, help="fp32: greatest difference of a logit; else: relative difference.", show_default=False),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code beside the model that --base names, or in RUN if it is whole."),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that win over the file.", show_default=False)]
 
 
@@ -157,11 +161,12 @@ def config(
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
-    """Fetch a built-in model; the last line printed is its folder."""
+def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m, or llama.cpp: the converter of export --gguf.")]) -> None:
+    """Fetch a built-in model, or llama.cpp's converter to GGUF; the last line printed is its folder."""
+    from tunesmith.export import converter
     from tunesmith.model.builtin import fetch as fetch_model
 
-    print(fetch_model(name))
+    print(converter.fetch() if name == converter.NAME else fetch_model(name))
 
 
 @app.command("templates")
@@ -198,10 +203,19 @@ def export(
     ] = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The adapter, not merged.")] = False,
     ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile, too.")] = False,
+    gguf: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(help="Write model.gguf, too, with numbers of this type, for llama.cpp and Ollama.", show_default=False),
+    ] = None,
+    gguf_converter: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp checkout to convert with, in place of `tunesmith fetch llama.cpp`.", show_default=False),
+    ] = None,
     push: Annotated[str | None, typer.Option(help="Upload it to this repository (ORG/NAME).", show_default=False)] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: make a new repository public.")] = False,
     base: Base = None,
     tolerance: Tolerance = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a run's result merged (or as an adapter) for other programs, and compare it with the run before it is kept."""
@@ -213,7 +227,9 @@ def export(
 
     if public and push is None:
         raise ConfigError("--public: says how --push makes a repository; give it together with --push ORG/NAME")
-    options = ExportOptions(dtype, max_shard_size, adapter_only, ollama, overwrite, tolerance, base, push)
+    options = ExportOptions(
+        dtype, max_shard_size, adapter_only, ollama, overwrite, tolerance, base, push, gguf, gguf_converter, trust_remote_code
+    )
     folder = write(run, output, options, Check, print)
     if push is not None:
         print(f"uploaded to {upload(folder, push, private=not public)}")
@@ -224,12 +240,13 @@ def merge(
     run: Annotated[Path, typer.Argument(help="Finished run, or folder of an adapter.", show_default=False)],
     base: Base = None,
     tolerance: Tolerance = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Merge a run's adapter, keep nothing, and compare the merged model with base and adapter; exit status 1 if they differ."""
     from tunesmith.verify.merge import verify_merge
 
-    proof = verify_merge(run, base, tolerance)
+    proof = verify_merge(run, base, tolerance, trust_remote_code)
     print(json.dumps(proof.to_dict()) if as_json else "\n".join(proof.lines()))
     raise typer.Exit(1 if proof.problems else 0)
 

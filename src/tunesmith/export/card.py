@@ -36,6 +36,8 @@ class Subject:
         dtype: in which the weights are stored.
         has_template: whether the tokenizer has a chat template.
         ollama: whether there is a Modelfile.
+        gguf: name of the GGUF file, if there is one.
+        plain_tokenizer: whether ``AutoTokenizer`` gives the tokens that were trained on.
         found: sentences of the proof.
     """
 
@@ -46,6 +48,8 @@ class Subject:
     dtype: str
     has_template: bool
     ollama: bool
+    gguf: str | None
+    plain_tokenizer: bool
     found: tuple[str, ...]
 
 
@@ -86,6 +90,8 @@ def _card(folder: Path, finished: Finished, subject: Subject) -> Iterator[str]:
     yield from ("", "## Use", "", "```python", *_loading(subject), "```", "")
     if subject.ollama:
         yield from ("With Ollama: `ollama create NAME -f Modelfile`.", "")
+    if subject.gguf:
+        yield from (f"With llama.cpp: `llama-cli -m {subject.gguf}`.", "")
     if finished.config is not None:
         yield from _training(finished.folder, finished.config)
     if (folder / LOSS_PLOT).is_file():
@@ -95,16 +101,14 @@ def _card(folder: Path, finished: Finished, subject: Subject) -> Iterator[str]:
 
 
 def _loading(subject: Subject) -> Iterator[str]:
-    yield (
-        "from transformers import AutoTokenizer"
-        if subject.kind == "adapter"
-        else ("from transformers import AutoModelForCausalLM, AutoTokenizer")
-    )
-    if subject.kind == "adapter":
-        yield "from peft import AutoPeftModelForCausalLM"
-    loader = "AutoPeftModelForCausalLM" if subject.kind == "adapter" else "AutoModelForCausalLM"
+    adapter = subject.kind == "adapter"
+    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    tokenizer = "AutoTokenizer" if subject.plain_tokenizer else "PreTrainedTokenizerFast"
+    yield f"from transformers import {tokenizer}" if adapter else f"from transformers import {loader}, {tokenizer}"
+    if adapter:
+        yield f"from peft import {loader}"
     yield ""
-    yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
+    yield f'tokenizer = {tokenizer}.from_pretrained(".")'
     yield f'model = {loader}.from_pretrained(".")'
     if subject.has_template:
         yield 'messages = [{"role": "user", "content": "Hello"}]'

@@ -17,12 +17,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import ConfigError, TemplateError, VerificationError
-from tunesmith.export import formats, ollama, place
+from tunesmith.export import formats, gguf, ollama, place
 from tunesmith.export.card import Subject, base_licence, write_card
 from tunesmith.export.push import check_name
 from tunesmith.model.adapter import stop_at
 from tunesmith.model.builtin import PREFIX
 from tunesmith.model.files import VALUE_HEAD, read_head_header
+from tunesmith.model.gguf_restore import GgufType
 from tunesmith.model.library import quiet_library
 from tunesmith.model.load import load_base_model
 from tunesmith.model.merge import base_config, merge_adapter
@@ -50,6 +51,9 @@ class ExportOptions:
         tolerance: in place of the comparison's own.
         base: see ``open_finished``.
         push: repository that the export will go to; its name is checked beforehand.
+        gguf: write a GGUF file, too, with numbers of this type.
+        gguf_converter: folder or script of llama.cpp's converter, in place of the one that was fetched.
+        trust_remote_code: see ``open_finished``.
     """
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -60,6 +64,9 @@ class ExportOptions:
     tolerance: float | None = None
     base: str | None = None
     push: str | None = None
+    gguf: GgufType | None = None
+    gguf_converter: Path | None = None
+    trust_remote_code: bool = False
 
 
 class Findings(Protocol):
@@ -76,14 +83,25 @@ class Findings(Protocol):
         """The findings for machines."""
 
 
+class ModelFindings(Findings, Protocol):
+    """What a comparison of an export with its run found."""
+
+    @property
+    def auto_tokenizer(self) -> bool:
+        """Whether ``AutoTokenizer`` gives the run's tokens."""
+
+
 class Comparison(Protocol):
     """Compares an export with its run (``verify.merge.Check``)."""
 
     def note(self, model: PreTrainedModel) -> None:
         """See the merged model before it is written."""
 
-    def prove(self, folder: Path, dtype: Dtype, tolerance: float | None = None, adapter: bool = False) -> Findings:
+    def prove(self, folder: Path, dtype: Dtype, tolerance: float | None = None, adapter: bool = False) -> ModelFindings:
         """Reload what was written and compare."""
+
+    def prove_gguf(self, folder: Path, file: Path, kind: GgufType, tolerance: float | None = None) -> Findings:
+        """Read a GGUF file back and compare it with the model in ``folder``."""
 
 
 Compare = Callable[[Finished, PreTrainedTokenizerBase, Path], Comparison]
@@ -109,14 +127,15 @@ def export(target: Path, output: Path, options: ExportOptions, compare: Compare,
     """
     quiet_library()
     shard = formats.parse_size(options.max_shard_size or _SHARD)
-    finished = open_finished(target, options.base)
+    finished = open_finished(target, options.base, options.trust_remote_code)
     _check_options(options, finished)
     base_folder = locate(finished.base).path if finished.base is not None else finished.folder
+    conversion = gguf.prepare(options.gguf, options.gguf_converter, base_folder) if options.gguf is not None else None
     scratch = place.claim(output, options.overwrite, [target, base_folder])
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
-        _fill(scratch, output, finished, options, shard, compare, say)
+        _fill(scratch, output, finished, options, shard, conversion, compare, say)
         place.put_in_place(scratch, output)
     except OSError as error:
         raise ConfigError(f"--output: {output}: cannot be written: {error.strerror or error}") from error
@@ -129,12 +148,16 @@ def export(target: Path, output: Path, options: ExportOptions, compare: Compare,
 def _check_options(options: ExportOptions, finished: Finished) -> None:
     if options.push is not None:
         check_name(options.push)
+    if options.gguf_converter is not None and options.gguf is None:
+        raise ConfigError("--gguf-converter: says how --gguf converts; give it together with --gguf TYPE")
     if not options.adapter_only:
         return
     if not finished.is_adapter:
         raise ConfigError(f"--adapter-only: {finished.folder} holds a whole model; leave the option out")
-    if options.max_shard_size is not None or options.ollama:
-        raise ConfigError("--adapter-only: an adapter is one file without a Modelfile; leave out --max-shard-size and --ollama")
+    if options.max_shard_size is not None or options.ollama or options.gguf is not None:
+        raise ConfigError(
+            "--adapter-only: an adapter is one file without a Modelfile; leave out --max-shard-size, --ollama and --gguf"
+        )
 
 
 def _fill(
@@ -143,6 +166,7 @@ def _fill(
     finished: Finished,
     options: ExportOptions,
     shard: int,
+    conversion: gguf.Conversion | None,
     compare: Compare,
     say: Callable[[str], None],
 ) -> None:
@@ -155,21 +179,22 @@ def _fill(
         settings = _generation(finished, tokenizer)
         settings.save_pretrained(scratch)
     else:
-        dtype, settings = _write_model(scratch, output, finished, tokenizer, options, shard, comparison, say)
+        dtype, settings = _write_model(scratch, output, finished, tokenizer, options, shard, conversion, comparison, say)
     tokenizer.save_pretrained(scratch)
     if read_head_header(finished.folder) is not None:
         shutil.copyfile(finished.folder / VALUE_HEAD, scratch / VALUE_HEAD)
         say(f"{VALUE_HEAD} goes along: the export is a reward model")
-    proof = comparison.prove(scratch, dtype, options.tolerance, options.adapter_only)
+    proof = comparison.prove(scratch, dtype, options.tolerance if conversion is None else None, options.adapter_only)
     shutil.rmtree(logits)
-    for line in proof.lines():
-        say(line)
-    if proof.problems:
-        raise VerificationError(
-            f"{output}: not written: {'; '.join(proof.problems)}. A larger difference can be allowed with --tolerance"
-        )
+    proofs: dict[str, Findings] = {"proof": proof}
+    _judge(output, proof, say)
+    if conversion is not None:
+        file = conversion.write(scratch, output.resolve().name, finished.trusted)
+        proofs["gguf"] = comparison.prove_gguf(scratch, file, conversion.kind, options.tolerance)
+        _judge(output, proofs["gguf"], say)
     if options.ollama:
-        text, complete = ollama.modelfile(tokenizer, _ends(settings), _sampling(settings))
+        weights = f"./{gguf.FILE}" if conversion is not None else "."
+        text, complete = ollama.modelfile(tokenizer, _ends(settings), _sampling(settings), weights)
         (scratch / ollama.MODELFILE).write_text(text, encoding="utf-8")
         if not complete:
             say("Modelfile: without a template; see the comment in it")
@@ -178,13 +203,28 @@ def _fill(
     licence = base_licence(locate(base).path) if base is not None else None
     subject = Subject(
         title=output.resolve().name, kind=kind, base=_name(base), licence=licence, dtype=dtype,
-        has_template=bool(tokenizer.chat_template), ollama=options.ollama, found=tuple(proof.lines()),
+        has_template=bool(tokenizer.chat_template), ollama=options.ollama,
+        gguf=gguf.FILE if conversion is not None else None, plain_tokenizer=proof.auto_tokenizer,
+        found=tuple(line for each in proofs.values() for line in each.lines()),
     )  # fmt: skip
     write_card(scratch, finished, subject)
     place.write_manifest(
         scratch,
-        {"kind": kind, "run": finished.folder.resolve().name, "base": _name(base), "dtype": dtype, "proof": proof.to_dict()},
+        {
+            **{"kind": kind, "run": finished.folder.resolve().name, "base": _name(base), "dtype": dtype},
+            **{name: each.to_dict() for name, each in proofs.items()},
+        },
     )
+
+
+def _judge(output: Path, proof: Findings, say: Callable[[str], None]) -> None:
+    """Say what was found. Raises VerificationError when something is wrong."""
+    for line in proof.lines():
+        say(line)
+    if proof.problems:
+        raise VerificationError(
+            f"{output}: not written: {'; '.join(proof.problems)}. A larger difference can be allowed with --tolerance"
+        )
 
 
 def _write_model(
@@ -194,6 +234,7 @@ def _write_model(
     tokenizer: PreTrainedTokenizerBase,
     options: ExportOptions,
     shard: int,
+    conversion: gguf.Conversion | None,
     comparison: Comparison,
     say: Callable[[str], None],
 ) -> tuple[Dtype, GenerationConfig]:
@@ -208,11 +249,14 @@ def _write_model(
             say("embedding and head are no longer the same: both are written, and tie_word_embeddings is false")
         comparison.note(model)
     else:
-        own = ModelArguments(model_name_or_path=str(finished.folder))
+        own = ModelArguments(model_name_or_path=str(finished.folder), trust_remote_code=finished.trusted)
         model = load_base_model(own, torch.float32, _CPU)
     wanted = _dtype(finished, options)
     model = formats.cast(model, wanted, finished.folder)
-    place.check_space(output, formats.bytes_of(model) + _MARGIN)
+    place.check_space(
+        output,
+        formats.bytes_of(model) + _MARGIN + (conversion.bytes_for(model.num_parameters()) if conversion is not None else 0),
+    )
     stop_at(model, _turn_ends(finished, tokenizer))
     formats.write_model(model, scratch, shard)
     settings = model.generation_config

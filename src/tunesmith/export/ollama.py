@@ -89,15 +89,18 @@ def _conversations() -> Iterator[_Turns]:
             yield turns[:-1]
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sampling: dict[str, Any]) -> tuple[str, bool]:
+def modelfile(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sampling: dict[str, Any], weights: str = "."
+) -> tuple[str, bool]:
     """Text of the Modelfile, and whether it has a template.
 
     Args:
         tokenizer: with or without a chat template.
         ends: ids of the tokens at which an answer ends.
         sampling: ``temperature``, ``top_p``, ``top_k``, where they are set.
+        weights: folder or file of the weights, from where the Modelfile is.
     """
-    lines = ["FROM .", ""]
+    lines = [f"FROM {weights}", ""]
     pieces = pieces_of(tokenizer) if tokenizer.chat_template else None
     if pieces is not None:
         lines += [f'TEMPLATE """{pieces.go()}"""', ""]

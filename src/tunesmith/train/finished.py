@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import ModelArguments, RunConfig
 from tunesmith.config.load import load_config
-from tunesmith.errors import CheckpointError, ModelError
+from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.model.lineage import line_of
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
@@ -27,6 +27,7 @@ class Finished:
         weights: folders of weights that earlier ``freeze`` runs trained, which belong into the base.
         trained_on: how the base was quantised in training, if it was.
         config: of the run; None for an adapter from elsewhere.
+        trusted: whether Python code beside the base, or the whole model, may run.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Finished:
     weights: tuple[Path, ...]
     trained_on: ModelArguments | None
     config: RunConfig | None
+    trusted: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -41,14 +43,17 @@ class Finished:
         return self.base is not None
 
 
-def open_finished(target: Path, base: str | None = None) -> Finished:
+def open_finished(target: Path, base: str | None = None, trust_remote_code: bool = False) -> Finished:
     """Find out what a folder holds.
 
     Args:
         target: a run folder, or a folder with an adapter in PEFT's layout.
         base: model to use in place of the one that the run or the adapter names.
+        trust_remote_code: whether code of ``base`` may run, or of a whole model in ``target``; never of a model that only the
+            run names.
 
     Raises:
+        ConfigError: code may run, but the user has not named the model.
         CheckpointError: no run, or one that has not finished.
         ModelError: weights in a format that can run code, or an adapter that names no base.
     """
@@ -64,19 +69,25 @@ def open_finished(target: Path, base: str | None = None) -> Finished:
     if not adapter:
         if base is not None:
             raise ModelError(f"--base: {target} holds a whole model; there is no base to choose")
-        return Finished(target, None, (), None, config)
+        return Finished(target, None, (), None, config, trust_remote_code)
+    named = base or (config.model.model_name_or_path if config is not None else _named_base(target))
+    if trust_remote_code and base is None:
+        raise ConfigError(
+            f"--trust-remote-code: only of a model that you name; if you have read the code of {named}: --base {named}"
+        )
     if config is None:
-        return Finished(target, ModelArguments(model_name_or_path=base or _named_base(target)), (), None, None)
-    return _of_run(target, config, base)
+        plain = ModelArguments(model_name_or_path=named, trust_remote_code=trust_remote_code)
+        return Finished(target, plain, (), None, None, trust_remote_code)
+    return _of_run(target, config, base, trust_remote_code)
 
 
-def _of_run(run: Path, config: RunConfig, base: str | None) -> Finished:
+def _of_run(run: Path, config: RunConfig, base: str | None, trusted: bool) -> Finished:
     line = line_of(config.model)
-    source = line.on(config.model).model_copy(update={"trust_remote_code": False})  # a run's word is not the user's
+    source = line.on(config.model).model_copy(update={"trust_remote_code": trusted})  # a run's word is not the user's
     quantised = source if source.quantization_bit is not None else None
     plain = source.model_copy(update={"quantization_bit": None, **({"model_name_or_path": base} if base else {})})
     weights = tuple(ancestor.path for ancestor in line.ancestors if ancestor.kind == "weights")
-    return Finished(run, plain, weights, quantised, config)
+    return Finished(run, plain, weights, quantised, config, trusted)
 
 
 def _named_base(folder: Path) -> str:
@@ -92,5 +103,5 @@ def _named_base(folder: Path) -> str:
 def tokenizer_of(finished: Finished) -> PreTrainedTokenizerBase:
     """The tokenizer beside the result, or else that of the base. Raises ModelError."""
     if (finished.folder / "tokenizer_config.json").is_file() or finished.base is None:
-        return read_tokenizer(str(finished.folder))
+        return read_tokenizer(str(finished.folder), finished.trusted and finished.base is None)
     return load_tokenizer(finished.base)

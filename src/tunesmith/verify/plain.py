@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 Rows = list[list[int]]
@@ -31,11 +32,12 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
             ``_load`` takes them; ``tokens``, of how many the logits are compared;
             ``rows`` of token ids, ``prompts`` the number of rows at the beginning that are continued, ``new_tokens`` how far;
             ``merged`` a safetensors file with logits ``0``, ``1``, ... of the merged model before it was written, or null;
-            ``trained_on`` as ``reference``, or null.
+            ``trained_on`` as ``reference``, or null; ``texts`` with the token ids that the run's tokenizer gives each.
 
     Returns:
         ``export``: greatest difference ``max`` and its root mean square relative to that of the logits, ``relative``;
         ``merged`` the same before writing, ``trained_on`` the same between the base as it was trained on and the reference;
+        ``tokenizer``, which class gives these ids: ``auto``, ``fast`` or ``neither``;
         ``largest_logit``, ``agree`` of ``prompts`` continuations, ``missing`` and
         ``unexpected`` names of weights.
     """
@@ -48,8 +50,8 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     exported, again = _logits(model, rows), _continue(model, rows[:count], length)
     del model
     gc.collect()
-    AutoTokenizer.from_pretrained(asked["export"]["adapter"] or asked["export"]["path"])  # raises if it does not load
     result = {
+        "tokenizer": _tokenizer(asked["export"], asked["texts"]) if asked["texts"] else None,
         "export": _difference(exported, reference, width),
         "largest_logit": max(float(t[:, :width].abs().max()) for t in reference),
         "agree": sum(one == other for one, other in zip(told, again, strict=True)),
@@ -66,6 +68,16 @@ def compare(asked: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _tokenizer(export: dict[str, Any], texts: dict[str, list[int]]) -> str:
+    """Which class reads the tokenizer so that it gives the ids of ``texts``."""
+    folder, options = export["adapter"] or export["path"], export["options"]
+    for name, loader in (("auto", AutoTokenizer), ("fast", PreTrainedTokenizerFast)):
+        tokenizer = loader.from_pretrained(folder, **options)  # raises if it does not load
+        if all(tokenizer(text)["input_ids"] == ids for text, ids in texts.items()):
+            return name
+    return "neither"
+
+
 def _load(
     path: str,
     options: dict[str, Any],
@@ -74,7 +86,11 @@ def _load(
     vocabulary: list[int] | None,
     quantisation: dict[str, Any] | None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    extra = {"quantization_config": BitsAndBytesConfig(**quantisation), "device_map": {"": "cpu"}} if quantisation else {}
+    extra: dict[str, Any] = {}
+    if quantisation:
+        extra = {"quantization_config": BitsAndBytesConfig(**quantisation), "device_map": {"": "cpu"}}
+    elif "gguf_file" in options and hasattr(transformers, "GgufConfig"):  # releases that can keep the blocks packed
+        extra = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     model, info = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **extra, **options
     )
