@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ import pytest
 
 from tests.conftest import tunesmith
 from tunesmith.export.export import ExportOptions, export
-from tunesmith.verify import plain
+from tunesmith.model.gguf_restore import vocabulary
+from tunesmith.verify import gguf, plain
+from tunesmith.verify.gguf import GgufProof
 from tunesmith.verify.merge import Check, Proof, judge
 
 
@@ -21,6 +24,11 @@ class CheckHere(Check):
 
     def prove(self, folder: Path, dtype: Any, tolerance: float | None = None, adapter: bool = False) -> Proof:
         return judge(plain.compare({**self.asked(folder, adapter), "new_tokens": 2}), dtype, tolerance)
+
+    def prove_gguf(self, folder: Path, file: Path, kind: Any, tolerance: float | None = None) -> GgufProof:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = plain.compare({**gguf.asked(folder, file, Path(scratch), self.tokenizer), "new_tokens": 2})
+        return gguf.judge(found, kind, gguf.differences(vocabulary(file), self.tokenizer), tolerance)
 
 
 @pytest.fixture

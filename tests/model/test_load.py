@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import SHARED, make_tokenizer, tunesmith
+from tests.gguf_writer import write_gguf
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model.files import ADAPTER_WEIGHTS
@@ -248,54 +247,10 @@ def test_the_result_of_a_run_is_a_model(settings: Any, write_config: Any, kind: 
 # ---- GGUF
 
 
-def write_gguf(source: Path, target: Path) -> None:
-    """A Llama as llama.cpp stores it: its names, its order of rows in the projections of queries and keys."""
-    config = json.loads((source / "config.json").read_text())
-    vocabulary = json.loads((source / "tokenizer.json").read_text())
-    tokens = sorted(vocabulary["model"]["vocab"], key=vocabulary["model"]["vocab"].get)
-    writer = gguf.GGUFWriter(target, "llama")
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    rank = {
-        tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")): n
-        for n, pair in enumerate(vocabulary["model"]["merges"])
-    }
-    scores = {a + b: -float(n) for (a, b), n in rank.items()}
-    writer.add_token_scores([scores.get(token, -1e6) for token in tokens])
-    writer.add_token_types(
-        [2 if n == 0 else 3 if n < 3 else 6 if token.startswith("<0x") else 1 for n, token in enumerate(tokens)]
-    )
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in load_file(source / "model.safetensors").items():
-        value = tensor.float().numpy()
-        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in name:
-                value = value.reshape(count, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture
 def story(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
-    write_gguf(shared / "models/stories260K", tmp_path / "story.gguf")
+    write_gguf(shared / "models/stories260K", tmp_path / "story.gguf", TEMPLATE)
     return tmp_path / "story.gguf"
 
 

@@ -20,7 +20,7 @@ from tunesmith.errors import ConfigError, TemplateError, VerificationError
 from tunesmith.export import formats, gguf, ollama, place
 from tunesmith.export.card import Subject, base_licence, write_card
 from tunesmith.export.push import check_name
-from tunesmith.model.adapter import stop_at
+from tunesmith.model.adapter import GENERATION_CONFIG, stop_at
 from tunesmith.model.builtin import PREFIX
 from tunesmith.model.files import VALUE_HEAD, read_head_header
 from tunesmith.model.gguf_restore import GgufType
@@ -177,7 +177,7 @@ def _fill(
     if options.adapter_only:
         dtype = _write_adapter(scratch, finished, options)
         settings = _generation(finished, tokenizer)
-        settings.save_pretrained(scratch)
+        settings.to_json_file(scratch / GENERATION_CONFIG)
     else:
         dtype, settings = _write_model(scratch, output, finished, tokenizer, options, shard, conversion, comparison, say)
     tokenizer.save_pretrained(scratch)

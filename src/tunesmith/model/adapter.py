@@ -20,6 +20,7 @@ from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from tunesmith.model.heads import ValueHead, head_parameters, load_value_head, save_value_head
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -177,7 +178,7 @@ def save_finished(model: torch.nn.Module, folder: Path) -> None:
     """Write the result for use elsewhere: an adapter for the base, or a whole model in Transformers' layout.
 
     What lies between the base and the adapter (``beneath``) is joined with it, so that it fits the base as it is. A value head
-    goes beside either.
+    goes beside either, and so does how the model generates, and at which tokens it stops.
     """
     beneath = beneath_of(model)
     if isinstance(model, PeftModel) and beneath:
@@ -189,6 +190,9 @@ def save_finished(model: torch.nn.Module, folder: Path) -> None:
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(folder)
         _save_head(model, folder)
+    settings = unwrap(model).generation_config
+    if isinstance(model, PeftModel) and settings is not None:
+        settings.to_json_file(folder / GENERATION_CONFIG)  # save_pretrained refuses what many bases have
 
 
 def set_beneath(model: torch.nn.Module, beneath: list[Factors]) -> None:
