@@ -35,7 +35,9 @@ Base = Annotated[
 ]
 Tolerance = Annotated[
     float | None,
-    typer.Option(min=0, help="fp32: greatest difference of a logit; else: relative difference.", show_default=False),
+    typer.Option(
+        min=0, help="fp32: greatest difference of a logit; else (and of a GGUF file): relative difference.", show_default=False
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,

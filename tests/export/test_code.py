@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.export.test_export import proof_of
 from tunesmith.errors import ConfigError, ModelError
@@ -58,5 +57,6 @@ def test_code_runs_only_of_a_model_that_is_named(
             export_here(run, trust_remote_code=True)
     output, _ = export_here(run, trust_remote_code=True, **named)
     assert proof_of(output)["export"]["max"] <= 1e-4
-    print(sorted(p.name for p in output.iterdir()), (output / "config.json").read_text())
-    assert load_file(output / "model.safetensors")
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert 'AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)' in card
+    assert (output / "code_of_own.py").is_file()

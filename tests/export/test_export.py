@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,10 @@ def test_e1_every_architecture(shared: Path, trained: Any, export_here: Any, nam
     assert proof["agree"] == proof["prompts"] == 4
     assert any("greatest difference" in line for line in said)
     assert (hashes(run), hashes(base)) == before
+    foreign = name.endswith("qwen2")  # a kind for which AutoTokenizer goes by the model, and this tokenizer is another's
+    assert any("plain AutoTokenizer gives other tokens" in line for line in said) == foreign
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert ('PreTrainedTokenizerFast.from_pretrained(".")' in card) == foreign
     weights = load_file(output / "model.safetensors")
     tied = json.loads((base / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
     assert ("lm_head.weight" in weights) == (not tied)
@@ -151,6 +156,7 @@ def test_generation_stops_at_the_end_of_a_turn(shared: Path, trained: Any, expor
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<unk>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"  # fmt: skip
     tokenizer.save_pretrained(base)
     run = trained(model_name_or_path=str(base))
+    assert GenerationConfig.from_pretrained(run).eos_token_id == [2, 0]
     for option in (False, True):
         output, _ = export_here(run, tmp_path / f"out-{option}", adapter_only=option)
         assert GenerationConfig.from_pretrained(output).eos_token_id == [2, 0]
@@ -172,6 +178,49 @@ def test_trained_weights_are_cast_and_cut_into_files(trained: Any, export_here: 
     assert any("cast to bf16" in line for line in said)
     with pytest.raises(ConfigError, match="whole model"):
         export_here(run, adapter_only=True, overwrite=True)
+
+
+def test_an_adapter_on_top_of_trained_weights(
+    settings: Any, trained: Any, tiny_model: Path, tmp_path: Path, export_here: Any
+) -> None:
+    first = trained(
+        finetuning_type="freeze", num_layer_trainable=1, learning_rate=1e-2, output_dir=str(tmp_path / "first"), save_steps=1
+    )
+    checkpoint = first / "checkpoint-1"
+    del settings["num_layer_trainable"]
+    run = trained(checkpoint_dir=str(checkpoint), finetuning_type="lora", output_dir=str(tmp_path / "second"))
+    output, _ = export_here(run)
+    proof = proof_of(output)
+    assert proof["merged"]["max"] <= 1e-4
+    assert proof["export"]["max"] <= 1e-4
+    weights, original = (load_file(folder / "model.safetensors") for folder in (output, tiny_model))
+    norm = "model.layers.1.input_layernorm.weight"  # trained by the first, and not touched by the adapter
+    assert torch.equal(weights[norm], load_file(checkpoint / "trainable.safetensors")[norm])
+    assert not torch.equal(weights[norm], original[norm])
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("named", ["safetensors", "bin"])
+def test_m1_pickles_of_a_run_are_refused(trained: Any, tmp_path: Path, export_here: Any, kind: str, named: str) -> None:
+    run, canary = trained(finetuning_type=kind), tmp_path / "ran"
+    stem = "adapter_model" if kind == "lora" else "model"
+    (run / f"{stem}.safetensors").unlink()
+    name = f"{stem}.safetensors" if named == "safetensors" else f"{stem if kind == 'lora' else 'pytorch_model'}.bin"
+    (run / name).write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(ModelError, match=f"{stem}|pytorch_model|safetensors"):
+        export_here(run)
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_auto_is_the_dtype_of_the_base(trained: Any, tiny_model: Path, tmp_path: Path, export_here: Any) -> None:

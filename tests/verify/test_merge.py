@@ -21,6 +21,7 @@ from tunesmith.verify import plain
 from tunesmith.verify.merge import Check, in_fresh_process, judge, verify_merge
 
 FOUND = {
+    "tokenizer": "auto",
     "export": {"max": 2e-5, "relative": 1e-6},
     "merged": {"max": 2e-5, "relative": 1e-6},
     "largest_logit": 5.0,
@@ -78,6 +79,8 @@ def test_another_adapter_than_was_merged_is_found(run: Path, tmp_path: Path, tin
         ({"export": {"max": 1.0, "relative": 0.019}}, "fp16", None, 1),
         ({"export": {"max": float("nan"), "relative": float("nan")}}, "bf16", None, 1),
         ({"unexpected": ["x"]}, "fp32", None, 1),
+        ({"tokenizer": "fast"}, "fp32", None, 0),
+        ({"tokenizer": "neither"}, "fp32", None, 1),
     ],
 )
 def test_tolerances(changes: dict[str, Any], dtype: Any, tolerance: float | None, problems: int) -> None:

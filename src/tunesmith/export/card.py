@@ -37,6 +37,7 @@ class Subject:
         has_template: whether the tokenizer has a chat template.
         ollama: whether there is a Modelfile.
         gguf: name of the GGUF file, if there is one.
+        code: whether Python code beside the model was allowed to run.
         plain_tokenizer: whether ``AutoTokenizer`` gives the tokens that were trained on.
         found: sentences of the proof.
     """
@@ -49,6 +50,7 @@ class Subject:
     has_template: bool
     ollama: bool
     gguf: str | None
+    code: bool
     plain_tokenizer: bool
     found: tuple[str, ...]
 
@@ -102,14 +104,15 @@ def _card(folder: Path, finished: Finished, subject: Subject) -> Iterator[str]:
 
 def _loading(subject: Subject) -> Iterator[str]:
     adapter = subject.kind == "adapter"
+    options = ", trust_remote_code=True" if subject.code else ""
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     tokenizer = "AutoTokenizer" if subject.plain_tokenizer else "PreTrainedTokenizerFast"
     yield f"from transformers import {tokenizer}" if adapter else f"from transformers import {loader}, {tokenizer}"
     if adapter:
         yield f"from peft import {loader}"
     yield ""
-    yield f'tokenizer = {tokenizer}.from_pretrained(".")'
-    yield f'model = {loader}.from_pretrained(".")'
+    yield f'tokenizer = {tokenizer}.from_pretrained("."{options})'
+    yield f'model = {loader}.from_pretrained("."{options})'
     if subject.has_template:
         yield 'messages = [{"role": "user", "content": "Hello"}]'
         yield "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"

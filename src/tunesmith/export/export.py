@@ -150,6 +150,8 @@ def _check_options(options: ExportOptions, finished: Finished) -> None:
         check_name(options.push)
     if options.gguf_converter is not None and options.gguf is None:
         raise ConfigError("--gguf-converter: says how --gguf converts; give it together with --gguf TYPE")
+    if options.gguf is not None and read_head_header(finished.folder) is not None:
+        raise ConfigError(f"--gguf: {finished.folder} has a value head, for which a GGUF file has no place; leave the option out")
     if not options.adapter_only:
         return
     if not finished.is_adapter:
@@ -204,7 +206,7 @@ def _fill(
     subject = Subject(
         title=output.resolve().name, kind=kind, base=_name(base), licence=licence, dtype=dtype,
         has_template=bool(tokenizer.chat_template), ollama=options.ollama,
-        gguf=gguf.FILE if conversion is not None else None, plain_tokenizer=proof.auto_tokenizer,
+        gguf=gguf.FILE if conversion is not None else None, code=finished.trusted, plain_tokenizer=proof.auto_tokenizer,
         found=tuple(line for each in proofs.values() for line in each.lines()),
     )  # fmt: skip
     write_card(scratch, finished, subject)

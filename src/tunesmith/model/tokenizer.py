@@ -27,7 +27,7 @@ def library_error(what: str, path: str | Path, error: Exception) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(
             f"cannot load the {what} of {path}: it comes as Python code beside the weights, which is not run; if you have read "
-            "it, set trust_remote_code: true (it holds for model_name_or_path alone)"
+            "it, set trust_remote_code: true (it holds for model_name_or_path alone), or --trust-remote-code when exporting"
         )
     return ModelError(f"cannot load the {what} of {path}: {reason[0] if reason else type(error).__name__}")
 
