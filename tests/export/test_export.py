@@ -388,5 +388,7 @@ def test_a_value_head_goes_along(trained: Any, tiny_model: Path, export_here: An
 
     output, said = export_here(run, adapter_only=adapter_only)
     assert any("value_head.safetensors goes along" in line for line in said)
+    with pytest.raises(ConfigError, match="value head, for which a GGUF file has no place"):
+        export_here(run, gguf="f16", overwrite=True)
     kind = "lora" if adapter_only else "full"
     torch.testing.assert_close(scores(output, kind), scores(run, "lora"), rtol=0, atol=1e-5)

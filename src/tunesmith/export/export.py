@@ -151,7 +151,9 @@ def _check_options(options: ExportOptions, finished: Finished) -> None:
     if options.gguf_converter is not None and options.gguf is None:
         raise ConfigError("--gguf-converter: says how --gguf converts; give it together with --gguf TYPE")
     if options.gguf is not None and read_head_header(finished.folder) is not None:
-        raise ConfigError(f"--gguf: {finished.folder} has a value head, for which a GGUF file has no place; leave the option out")
+        raise ConfigError(
+            f"--gguf: {finished.folder} has a value head, for which a GGUF file has no place; leave the option out"
+        )
     if not options.adapter_only:
         return
     if not finished.is_adapter:
