@@ -113,6 +113,15 @@ def _states(output: Any) -> torch.Tensor:
     return states
 
 
+def probe_batch(model: PreTrainedModel) -> Batch:
+    """A few short rows of drawn tokens, all positions wanted, on the model's device."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    total = sum(_PROBE_LENGTHS)
+    ids = torch.randint(0, vocabulary, (total,), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
+    return Batch(ids, positions, torch.arange(total), ids, _PROBE_LENGTHS, ()).to(model.device)
+
+
 @torch.no_grad()
 def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
     """Whether end-to-end rows give what padded rows give, and if not, why.
@@ -126,11 +135,7 @@ def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
     if reason := _restricted(model.config.get_text_config(), longest):
         return False, reason
     before = model.config._attn_implementation
-    vocabulary = model.get_input_embeddings().num_embeddings
-    total = sum(_PROBE_LENGTHS)
-    ids = torch.randint(0, vocabulary, (total,), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
-    batch = Batch(ids, positions, torch.arange(total), ids, _PROBE_LENGTHS, ()).to(model.device)
+    batch = probe_batch(model)
     training = model.training
     model.eval()
     try:

@@ -25,6 +25,7 @@ from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import Line, line_of
 from tunesmith.model.load import load_base_model, prepare_flat
+from tunesmith.model.output import find_output
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
@@ -81,6 +82,9 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     trainable, total = count_parameters(forward.model)
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
+    output, reason = find_output(forward, dtype)
+    if output is None:
+        reporter.note(f"note: losses are computed from all logits of this model: {reason}")
     given = Ingredients(
         forward=forward,
         tokenizer=tokenizer,
@@ -92,6 +96,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         reporter=reporter,
         finetuning=config.finetuning,
         attention=attention,
+        output=output,
         shuffle=not config.data.disable_shuffling,
         capacity=config.data.cutoff_len if config.data.packing else None,
         inputs={

@@ -28,6 +28,7 @@ from tunesmith.data.streaming import ExampleStream
 from tunesmith.errors import CheckpointError, DataError, Interrupted
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
+from tunesmith.model.output import Output
 from tunesmith.train.checkpoint import (
     TrainerState,
     checkpoint_path,
@@ -62,6 +63,7 @@ class Ingredients:
         reporter: told what happens.
         finetuning: saved with each checkpoint.
         attention: the library's attention that the model was loaded with, for generation.
+        output: what the model does behind its hidden states; None: losses are computed from its logits.
         shuffle: False keeps file order.
         capacity: tokens of a pack of rows; None does not pack.
         inputs: facts that must be the same when the run is continued.
@@ -77,6 +79,7 @@ class Ingredients:
     reporter: Reporter
     finetuning: FinetuningArguments
     attention: str
+    output: Output | None = None
     shuffle: bool = True
     capacity: int | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
