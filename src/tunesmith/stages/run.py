@@ -25,6 +25,7 @@ from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import Line, line_of
 from tunesmith.model.load import load_base_model, prepare_flat
+from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import find_output
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.source import Source, locate
@@ -154,7 +155,9 @@ def _model(
     model = init_adapter(base, config.finetuning, name, line, rows)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return FlatForward(model, segments, config.training.neftune_noise_alpha), attention
+    forward = FlatForward(model, segments, config.training.neftune_noise_alpha)
+    install_lora_kernel(forward, dtype)
+    return forward, attention
 
 
 def load_rows(
