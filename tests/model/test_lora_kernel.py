@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 
 from tests.conftest import SHARED
 from tunesmith.config.load import load_config
 from tunesmith.model import lora_kernel
 from tunesmith.model.adapter import trainable_parameters
-from tunesmith.model.lora_kernel import _Lora
+from tunesmith.model.lora_kernel import _Lora, remove_lora_kernel
 from tunesmith.stages.run import build_trainer
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.trainer import PeftTrainer
@@ -73,12 +72,6 @@ def loss_and_gradients(trainer: PeftTrainer) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **found}
 
 
-def without_kernel(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.__dict__.pop("forward", None)
-
-
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert one.keys() == other.keys() and len(one) > 1
     for name, value in other.items():
@@ -93,7 +86,7 @@ def test_equal_to_peft(
     nodes.clear()
     mine = loss_and_gradients(trainer)
     assert len(nodes) == expected * (2 if "gradient_checkpointing" in changes else 1)
-    without_kernel(trainer.model)
+    remove_lora_kernel(trainer.model)
     nodes.clear()
     assert_equal(mine, loss_and_gradients(trainer))
     assert not nodes
@@ -106,7 +99,7 @@ def test_what_is_not_plain_lora_runs_as_peft_has_it(
     trainer = prepared(load_config(write_config({**settings, **changes}))[0])
     mine = loss_and_gradients(trainer)
     assert not nodes
-    without_kernel(trainer.model)
+    remove_lora_kernel(trainer.model)
     theirs = loss_and_gradients(trainer)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -119,7 +112,7 @@ def test_every_architecture(settings: dict[str, Any], write_config: Any, nodes: 
     nodes.clear()
     mine = loss_and_gradients(trainer)
     assert max(nodes) == (1 if name == "-phi3" else 3)  # query, key and value are one matrix in Phi-3
-    without_kernel(trainer.model)
+    remove_lora_kernel(trainer.model)
     assert_equal(mine, loss_and_gradients(trainer))
 
 
@@ -127,7 +120,7 @@ def test_bf16_gradients_are_as_near_to_float32_as_pefts(settings: dict[str, Any]
     exact = loss_and_gradients(prepared(load_config(write_config(settings))[0]))
     trainer = prepared(load_config(write_config({**settings, "compute_dtype": "bf16"}))[0])
     mine = loss_and_gradients(trainer)
-    without_kernel(trainer.model)
+    remove_lora_kernel(trainer.model)
     theirs = loss_and_gradients(trainer)
     assert all(value.dtype == torch.float32 for value in mine.values())
 
@@ -147,7 +140,7 @@ def test_adapters_can_be_switched_off_changed_and_copied(settings: dict[str, Any
         with torch.no_grad():
             return of(input_ids=batch.input_ids_T[None, : batch.lengths[0]], use_cache=False).logits
 
-    without_kernel(plain := copy.deepcopy(model))
+    remove_lora_kernel(plain := copy.deepcopy(model))
     model.base_model.model.set_attn_implementation("sdpa")
     plain.base_model.model.set_attn_implementation("sdpa")
     own = logits()

@@ -50,6 +50,17 @@ def install_lora_kernel(forward: FlatForward, dtype: torch.dtype) -> int:
     return sum(len(layers) for layers in groups)
 
 
+def remove_lora_kernel(model: torch.nn.Module) -> Callable[[], None]:
+    """Give the layers PEFT's forward again; returns what puts the kernel back. For comparisons."""
+    removed = [(m, m.__dict__.pop("forward")) for m in model.modules() if isinstance(m.__dict__.get("forward"), _Place)]
+
+    def back() -> None:
+        for module, place in removed:
+            module.__dict__["forward"] = place
+
+    return back
+
+
 def _is_plain(layer: Any) -> bool:
     """Whether a layer adapts a matrix, and its base is one that ``_matrix`` knows. Adapters are looked at when it is called."""
     if type(layer) is LoraLinear:
