@@ -132,7 +132,7 @@ def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
         model: loaded, on its device.
         longest: tokens of the longest row; windows that are no shorter do not matter.
     """
-    if reason := _restricted(model.config.get_text_config(), longest):
+    if reason := sees_less(model.config.get_text_config(), longest):
         return False, reason
     before = model.config._attn_implementation
     batch = probe_batch(model)
@@ -155,7 +155,7 @@ def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
     return True, ""
 
 
-def _restricted(config: PreTrainedConfig, longest: int) -> str:
+def sees_less(config: PreTrainedConfig, longest: int) -> str:
     """Why the model's attention sees less than the whole row, or nothing."""
     values = config.to_dict()
     kinds = set(values.get("layer_types") or ()) - {"full_attention"}
