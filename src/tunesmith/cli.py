@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from tunesmith.allocator import use_mimalloc
 from tunesmith.errors import TunesmithError
 
 app = typer.Typer(
@@ -285,6 +286,8 @@ def masks(
 
 def main() -> None:
     """Entry point: errors that a user can cure are one message and an exit status, not a traceback."""
+    if sys.argv[1:2] == ["train"]:
+        use_mimalloc(sys.orig_argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when imported, and of each product that it rounds
     logger = logging.getLogger("tunesmith")
     logger.setLevel(logging.INFO)

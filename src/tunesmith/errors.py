@@ -57,6 +57,12 @@ class NonFiniteError(TunesmithError):
     exit_code = 1
 
 
+class OutOfMemoryError(TunesmithError):
+    """Memory does not suffice; names the batch and what to change."""
+
+    exit_code = 1
+
+
 class VerificationError(TunesmithError):
     """What was made does not do what it was made from; it was not put in place."""
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
+from tunesmith.data.heaviest import blank_batch
 from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.named import use_template
@@ -26,8 +27,11 @@ from tunesmith.data.streaming import open_set
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
+from tunesmith.model.precision import pick_device
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.types import Source
+from tunesmith.stages.plan import heaviest_batch, plan_run
+from tunesmith.stages.run import TRAINERS
+from tunesmith.types import Batch, Source
 
 _PLACE = re.compile(r"^(.*?):(\d+)(?::(\d+))?$")
 _BINS = 20
@@ -53,7 +57,8 @@ class Checked:
         notes: sentences that are no alarm.
         counts: data set -> rows read, kept, dropped, truncated, duplicate (not of a stream).
         lengths: tokens of the examples: min, median, mean, p95, max, histogram; empty where there are none.
-        plan: updates, tokens and shares of the run; empty where it cannot be told, in part where rows are streamed.
+        plan: updates, tokens, shares and memory of the run; empty where it cannot be told, in part where rows are streamed.
+        memory: the same of memory, as a sentence.
     """
 
     errors: list[dict[str, Any]] = field(default_factory=list)
@@ -62,6 +67,7 @@ class Checked:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     lengths: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    memory: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
@@ -151,6 +157,21 @@ def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokeni
         return
     checked.lengths = _lengths(*np.unique(mixed.lengths, return_counts=True))
     checked.plan = _plan(config, rows, evaluated)
+    if not isinstance(rows, Rows):
+        _look_at_memory(config, heaviest_batch(config, rows), checked)
+
+
+def _look_at_memory(config: RunConfig, batch: Batch, checked: Checked) -> None:
+    """Whether the run fits, and what to change if not."""
+    try:
+        plan = plan_run(config, TRAINERS[config.finetuning.stage], batch, pick_device())
+    except TunesmithError as error:
+        checked.memory = f"memory: {error}"
+        return
+    checked.plan["memory"], checked.memory = plan.to_dict(), plan.line()
+    if not plan.fits:
+        found = checked.errors if plan.hopeless and config.training.check_memory else checked.warnings
+        found.append(_entry("memory", plan.shortage().removesuffix("."), fix=f"{plan.advice()}."))
 
 
 def _look_at_set(
@@ -221,6 +242,8 @@ def _look_at_stream(config: RunConfig, target: Target, tokenizer: PreTrainedToke
         "tokens_per_epoch": tokens,
         "supervised_share": round((data.cutoff_len - 1) / data.cutoff_len if documents else supervised / tokens, 4),
     }
+    longest, size = data.cutoff_len if documents else int(values[-1]), config.training.per_device_train_batch_size
+    _look_at_memory(config, blank_batch((longest,) * size, (longest - 1) * size), checked)
 
 
 def _fingerprints(rows: Selection) -> Iterator[tuple[int, int]]:

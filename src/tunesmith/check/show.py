@@ -38,6 +38,8 @@ def sentences(checked: Checked) -> Iterator[str]:
             f"plan: {plan['updates']:,} updates ({plan['updates_per_epoch']:,} an epoch), {plan['tokens']:,} tokens, "
             f"{plan['supervised_share']:.0%} of them learned; {plan['eval_examples']:,} examples to evaluate on"
         )
+    if checked.memory:
+        yield checked.memory
     yield f"{len(checked.errors):,} errors, {len(checked.warnings):,} warnings"
 
 

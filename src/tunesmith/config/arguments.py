@@ -355,7 +355,11 @@ class TrainingArguments(Arguments):
     neftune_noise_alpha: float | None = Field(
         None, gt=0, description="NEFTune: uniform noise on embeddings in training, at most alpha / sqrt(row length x width)."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, slower. auto: only if it would not fit else.",
+    )
+    check_memory: bool = Field(True, description="Refuse to begin a run that is planned to need more memory than there is.")
     bf16: bool = Field(False, description="Same as compute_dtype: bf16.")
     fp16: bool = Field(False, description="Same as compute_dtype: fp16 (with loss scaling).")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialisation, dropout and, unless data_seed is set, order.")

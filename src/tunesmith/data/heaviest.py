@@ -94,7 +94,7 @@ def blank_batch(lengths: Sequence[int], targets: int) -> Batch:
     for length, learned in zip(lengths, _shares(lengths, targets), strict=True):
         labels = np.full(length, IGNORE_INDEX, dtype=np.int32)
         labels[length - learned :] = 0
-        rows.append(Example(np.zeros(length, np.int32), labels, Source("planned", "planned", 0, None)))
+        rows.append(Example(np.zeros(length, np.int32), labels, Source("planned", "planned", 0, 0)))
     return collate(rows)
 
 

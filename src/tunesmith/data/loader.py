@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.config.arguments import TrainingArguments
 from tunesmith.data.collator import collate
 from tunesmith.data.memory import RowsInMemory
 from tunesmith.data.pack import pack
@@ -236,3 +237,29 @@ def _sum(*reports: DataReport) -> DataReport:
     for report in reports:
         total.merge(report, LISTED)
     return total
+
+
+def make_loader(
+    rows: Examples | ExampleStream, args: TrainingArguments, seed: int, shuffle: bool, capacity: int | None
+) -> DataLoader | StreamLoader:
+    """The loader of a run.
+
+    Args:
+        rows: to train on; a stream has an order of its own.
+        args: batch size, accumulation, group_by_length.
+        seed: of the order.
+        shuffle: False keeps file order.
+        capacity: tokens of a pack; None does not pack.
+    """
+    batch = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    if isinstance(rows, ExampleStream):
+        return StreamLoader(rows, *batch)
+    return DataLoader(rows, *batch, seed, shuffle, capacity, args.group_by_length)
+
+
+def planned_updates(loader: DataLoader | StreamLoader, args: TrainingArguments) -> int:
+    """Updates of the whole run."""
+    if args.max_steps >= 0:
+        return args.max_steps
+    assert isinstance(loader, DataLoader), "rules ask for max_steps where rows are streamed"
+    return ceil(args.num_train_epochs * len(loader))

@@ -56,6 +56,11 @@ def _own_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def recompute_activations(model: torch.nn.Module) -> None:
+    """Have the layers keep their inputs only, and compute the rest again in the backward pass (arXiv 1604.06174)."""
+    unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
     head = head_of(model)

@@ -82,12 +82,21 @@ def load_base_model(
     keep_differentiable(model)
     if args.upcast_layernorm or (args.upcast_layernorm is None and quantised):
         norms_to_float(model, args.layer_norm_names)
+    if quantised:
+        _leave_files(model)
     return (model if quantised else model.to(device)).eval()
 
 
 def load_classifier(args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The sequence classifier of ``model_name_or_path``, as it is stored. Raises ModelError as ``load_base_model`` does."""
     return _from_folder(locate(args), args, dtype, device, AutoModelForSequenceClassification).to(device).eval()
+
+
+def _leave_files(model: PreTrainedModel) -> None:
+    """Copy what was left as it was stored out of the mapped files, so that these can be given back to the system."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _known(tokenizer: PreTrainedTokenizerBase, source: Source, model: PreTrainedModel, args: ModelArguments) -> int:

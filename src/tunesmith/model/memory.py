@@ -1,35 +1,33 @@
-"""Memory of this machine: how much there is, how much this process has, and how what is freed is given back."""
+"""Memory of this machine: how much there is, what this process has, what allocators add; and what to say when it fails."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-_MMAP_THRESHOLD = -3
-"""``M_MMAP_THRESHOLD`` of glibc's mallopt."""
-_GIVEN_BACK = 256 * 1024
+from tunesmith.allocator import allocator
+from tunesmith.errors import OutOfMemoryError
+from tunesmith.types import Batch
+
+GIB = 2**30
 _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+_ADDED = {"mimalloc": 0.12, "system": 0.45, "cuda": 0.1}
+"""Share of the tensors' bytes that lies between blocks, by allocator. Measured on the CPU (docs/performance.md)."""
+_CODE = 40 * 2**20
+"""Bytes of kernels and their tables that come in when they are first run."""
 
 
-def give_back_freed() -> None:
-    """Have glibc take blocks of 256 KiB and more from the system one by one, and give each back when it is freed.
-
-    By default the size from which it does so rises to 32 MiB as soon as blocks of that size are freed; activations then
-    come from a heap that grows full of holes. On Linux with glibc only; elsewhere, or where MALLOC_MMAP_THRESHOLD_ is set,
-    nothing is changed.
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-        if set_option is not None:
-            set_option(_MMAP_THRESHOLD, _GIVEN_BACK)
+def allocator_slack(tensors: int, device: torch.device) -> int:
+    """Bytes that tensors of so many bytes take beyond their own."""
+    return round(tensors * _ADDED[allocator() if device.type == "cpu" else "cuda"]) + _CODE
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on ``device``; None where it cannot be told.
+    """Bytes that this process can still take on ``device``; None where it cannot be told.
 
     On the CPU, what the system calls available, or what the limit of the control group leaves, if that is less.
     """
@@ -57,3 +55,36 @@ def resident_memory() -> int:
 def _field(file: Path, name: str) -> int:
     line = next(line for line in file.read_text(encoding="ascii").splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+
+
+@contextmanager
+def out_of_memory_explained(what: str, window: Sequence[Batch]) -> Iterator[None]:
+    """Turn a failed allocation into an error that says what was run and what to change.
+
+    Args:
+        what: was being done.
+        window: its micro-batches.
+
+    Raises:
+        OutOfMemoryError: in place of the library's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        largest = max(window, key=lambda batch: batch.num_tokens)
+        sizes = f"{len(largest.lengths)} rows, {largest.num_tokens:,} tokens, the longest row {max(largest.lengths):,}"
+        raise OutOfMemoryError(
+            f"out of memory: {what} ({sizes}; rows: {', '.join(map(str, largest.sources[:3]))}). Less is needed with "
+            "gradient_checkpointing: true, a smaller per_device_train_batch_size (and a larger gradient_accumulation_steps), a "
+            "smaller cutoff_len, or quantization_bit: 4 with finetuning_type: lora; tunesmith check says how much each saves. "
+            f"Checkpoints written so far are whole. The system said: {str(error).strip().splitlines()[0][:200]}"
+        ) from error

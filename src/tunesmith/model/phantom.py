@@ -145,7 +145,7 @@ def _grouped_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None =
 
 
 class RoundedLinear(torch.nn.Linear):
-    """Stands for a linear layer that holds its weights in few bits and unfolds them for each product.
+    """Stands for bitsandbytes' linear layer, which holds its weights in few bits and unfolds them for each product.
 
     Args:
         layer: the layer that it takes the place of; on the meta device.
@@ -154,14 +154,19 @@ class RoundedLinear(torch.nn.Linear):
 
     def __init__(self, layer: torch.nn.Linear, bits: int) -> None:
         torch.nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.in_features, self.out_features, self.bias, self.bits = layer.in_features, layer.out_features, layer.bias, bits
         self.scales = torch.nn.Buffer(torch.empty(_scales(layer, bits), dtype=torch.uint8, device="meta"))
         packed = torch.empty(layer.weight.numel() * bits // 8, dtype=torch.uint8, device="meta")
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The product, by the weights as they are unfolded."""
-        result: torch.Tensor = _Unfolded.apply(input, self.out_features)
+        """The product by the weights as they are unfolded; in the input's dtype, as bitsandbytes does it."""
+        if self.bits == 8:  # computes in the dtype that it gets, and keeps what it gets
+            result: torch.Tensor = _Unfolded.apply(input, self.out_features, input)
+        else:
+            device = input.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+            result = _Unfolded.apply(input.to(dtype), self.out_features).to(input.dtype)
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
 
@@ -172,16 +177,13 @@ def _scales(layer: torch.nn.Linear, bits: int) -> int:
 
 class _Unfolded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, out_features: int) -> torch.Tensor:
-        dtype = torch.get_autocast_dtype(input.device.type) if torch.is_autocast_enabled(input.device.type) else input.dtype
-        ctx.shape, ctx.dtype = (out_features, input.shape[-1]), input.dtype
-        weight = torch.empty(ctx.shape, dtype=dtype, device=input.device)
-        return input.to(dtype) @ weight.t()
+    def forward(ctx: Any, input: torch.Tensor, out_features: int, kept: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.kept, ctx.shape = kept, (out_features, input.shape[-1])
+        return input @ torch.empty(ctx.shape, dtype=input.dtype, device=input.device).t()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        weight = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device)
-        return (gradient @ weight).to(ctx.dtype), None
+        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device), None, None
 
 
 def round_layers(model: torch.nn.Module, bits: int, head: torch.nn.Module | None) -> None:

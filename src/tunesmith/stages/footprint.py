@@ -23,14 +23,14 @@ from tunesmith.data.learned import Learned
 from tunesmith.data.memory import RowsInMemory
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import attention
-from tunesmith.model.adapter import trainable_parameters, unwrap
+from tunesmith.model.adapter import recompute_activations, trainable_parameters
 from tunesmith.model.attention import NotSegmentable
 from tunesmith.model.forward import FlatForward, sees_less
 from tunesmith.model.lineage import continued_config, line_of
 from tunesmith.model.phantom import LiveBytes, make_fake, round_layers
 from tunesmith.model.precision import norms_to_float, resolve_dtype
-from tunesmith.model.targets import decoder_layers
 from tunesmith.model.source import locate
+from tunesmith.model.targets import decoder_layers
 from tunesmith.model.tuning import adapted, init_adapter
 from tunesmith.train.optim.averaged import use_training_point
 from tunesmith.train.progress import SilentReporter
@@ -121,7 +121,9 @@ def _line(
 ) -> dict[str, Counter[str]]:
     a, b = counts
     return {
-        phase: Counter({kind: few[phase][kind] + (more[phase][kind] - few[phase][kind]) * (total - a) // (b - a) for kind in KINDS})
+        phase: Counter(
+            {kind: few[phase][kind] + (more[phase][kind] - few[phase][kind]) * (total - a) // (b - a) for kind in KINDS}
+        )
         for phase in few
     }
 
@@ -132,14 +134,14 @@ def _line(
 def _skeleton(
     config: RunConfig, device: torch.device, longest: int, flat: bool, layers: int | None = None
 ) -> tuple[PreTrainedModel, bool]:
-    """The base on the meta device, all of its layers or the first few; and whether rows would be run end to end, if ``flat``."""
+    """The base on the meta device, all of its layers or the first few; and whether rows run end to end, if ``flat``."""
     attention.register()
     args, dtype = line_of(config.model).on(config.model), resolve_dtype(config.compute_dtype, device)
     source = locate(args)
     settings = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trusted)
     asked = None if args.attn_implementation == "auto" else args.attn_implementation
     full = config.finetuning.finetuning_type == "full"
-    flat = flat and asked is None and not sees_less(settings.get_text_config(), longest)
+    flat = flat and asked is None and args.quantization_bit != 8 and not sees_less(settings.get_text_config(), longest)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             settings, dtype=torch.float32 if full else dtype, attn_implementation=attention.SEGMENTS if flat else asked,
@@ -182,7 +184,7 @@ def _tuned(config: RunConfig, model: PreTrainedModel) -> torch.nn.Module:
     else:
         tuned = init_adapter(model, tuning.model_copy(update={"pissa_init": False}), "")
     if config.training.gradient_checkpointing is True:
-        unwrap(tuned).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(tuned)
     return tuned
 
 
@@ -215,7 +217,7 @@ def _run(
 
 
 def _ingredients(config: RunConfig, model: torch.nn.Module, flat: bool, device: torch.device) -> Ingredients:
-    row = Learned(np.zeros(2, np.int32), ((0, 2, 1.0),), Source("", "", 0, None))
+    row = Learned(np.zeros(2, np.int32), ((0, 2, 1.0),), Source("", "", 0, 0))
     return Ingredients(
         forward=FlatForward(model, flat, config.training.neftune_noise_alpha),
         tokenizer=None,  # type: ignore[arg-type]  # nothing is saved

@@ -20,7 +20,7 @@ from tunesmith.data.streaming import ExampleStream, load_stream
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError
-from tunesmith.model.adapter import count_parameters, save_finished, stop_at
+from tunesmith.model.adapter import count_parameters, recompute_activations, save_finished, stop_at
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import Line, line_of
@@ -32,6 +32,7 @@ from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
+from tunesmith.stages.plan import decide
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
@@ -76,10 +77,15 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     train, held_out = load_rows(config, tokenizer, report)
     for sentence in report.found if isinstance(train, ExampleStream) else report.lines():
         reporter.note(f"data: {sentence}")
+    trainer, device = TRAINERS[config.finetuning.stage], pick_device()
+    memory = decide(config, trainer, train, device)
+    if memory.said:
+        reporter.note(memory.said)
     set_seed(config.training.seed)
-    device = pick_device()
     dtype = resolve_dtype(config.compute_dtype, device)
     forward, attention = _model(config, line, source.name, tokenizer, _longest(config, train, held_out), dtype, device)
+    if memory.recompute:
+        recompute_activations(forward.model)
     trainable, total = count_parameters(forward.model)
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
@@ -105,8 +111,9 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
             "checkpoint_dir": line.fingerprints(),
             "quantisation": [config.model.quantization_bit, config.model.quantization_type, config.model.double_quantization],
         },
+        heaviest=memory.rehearsed,
     )
-    return TRAINERS[config.finetuning.stage](config.training, given), report
+    return trainer(config.training, given), report
 
 
 def _source(config: RunConfig, line: Line) -> Source:
@@ -153,8 +160,6 @@ def _model(
     segments = prepare_flat(base, args, longest)
     rows = trainable_rows(base, added_token_ids(args, tokenizer))
     model = init_adapter(base, config.finetuning, name, line, rows)
-    if config.training.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forward = FlatForward(model, segments, config.training.neftune_noise_alpha)
     install_lora_kernel(forward, dtype)
     return forward, attention

@@ -85,6 +85,23 @@ class Updater:
         tokens = sum(batch.num_tokens for batch in window)
         return StepResult(math.fsum(losses), count, grad_norm, tokens, not math.isfinite(grad_norm))
 
+    def rehearse(self, batch: Batch, compute_loss: ComputeLoss, accumulates: bool) -> None:
+        """Forward and backward of a batch for the memory that they take; gradients and random numbers are as before.
+
+        Args:
+            batch: a micro-batch.
+            compute_loss: forward pass of the stage.
+            accumulates: whether gradients of earlier micro-batches are there when a batch is run.
+        """
+        if accumulates:
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        try:
+            with torch.random.fork_rng():
+                (compute_loss(batch).sum / batch.total_weight).backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
     def _apply(self, step: int, window: Sequence[Batch]) -> float:
         """Clip and step; returns the gradient norm, which is not finite where fp16 overflowed and nothing was updated."""
         if self.scaler:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from math import ceil
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,12 +21,13 @@ from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
 from tunesmith.config.optimizers import read_options
 from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
-from tunesmith.data.loader import DataLoader, StreamLoader, Window
+from tunesmith.data.loader import StreamLoader, Window, make_loader, planned_updates
 from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream
 from tunesmith.errors import CheckpointError, DataError, Interrupted
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
+from tunesmith.model.memory import out_of_memory_explained
 from tunesmith.model.output import Output
 from tunesmith.train.checkpoint import (
     TrainerState,
@@ -67,6 +67,8 @@ class Ingredients:
         shuffle: False keeps file order.
         capacity: tokens of a pack of rows; None does not pack.
         inputs: facts that must be the same when the run is continued.
+        heaviest: the micro-batch of the run that needs most memory, tried after the first update; None where there is no
+            doubt that memory suffices.
     """
 
     forward: FlatForward
@@ -83,6 +85,7 @@ class Ingredients:
     shuffle: bool = True
     capacity: int | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    heaviest: Batch | None = None
 
 
 class PeftTrainer:
@@ -96,11 +99,8 @@ class PeftTrainer:
         self.given = given
         self.model = given.forward.model
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.loader = self._build_loader(seed)
-        total = args.max_steps
-        if total < 0:
-            assert isinstance(self.loader, DataLoader), "rules ask for max_steps where rows are streamed"
-            total = ceil(args.num_train_epochs * len(self.loader))
+        self.loader = make_loader(given.train_examples, args, seed, given.shuffle, given.capacity)
+        total = planned_updates(self.loader, args)
         self.state = TrainerState(total_steps=total, inputs=self._inputs(seed))
         self.optimizer = build_optimizer(args, given.finetuning, self.model, trainable_parameters(self.model))
         self.schedule = build_schedule(args, self.optimizer, total)
@@ -110,13 +110,6 @@ class PeftTrainer:
         self._stop_signal: int | None = None
         if notice := optimizer_notice(args, given.device):
             given.reporter.note(notice)
-
-    def _build_loader(self, seed: int) -> DataLoader | StreamLoader:
-        rows, args, given = self.given.train_examples, self.args, self.given
-        batch = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-        if isinstance(rows, ExampleStream):
-            return StreamLoader(rows, *batch)
-        return DataLoader(rows, *batch, seed, given.shuffle, given.capacity, args.group_by_length)
 
     def _inputs(self, seed: int) -> dict[str, Any]:
         arguments = {**self.args.model_dump(mode="json"), **self.given.finetuning.model_dump(mode="json")}
@@ -203,6 +196,8 @@ class PeftTrainer:
                 if state.step % self.args.logging_steps == 0 or state.step in (1, state.total_steps):
                     pace = (state.elapsed - elapsed_before) / (state.step - steps_before)
                     self._log_step(log, result, rate, time.monotonic() - started, pace)
+                if state.step == steps_before + 1 and self.given.heaviest is not None:
+                    self._rehearse(self.given.heaviest)
                 if ended and state.step < state.total_steps and isinstance(self.loader, StreamLoader):
                     self.given.reporter.note(f"end of the stream after update {state.step}; it begins again, in another order")
                 self._after_step(log)
@@ -220,14 +215,20 @@ class PeftTrainer:
     def training_step(self, window: Sequence[Batch]) -> StepResult:
         """One update on a window of micro-batches; counts it and its loss."""
         state = self.state
-        on_device = [batch.to(self.given.device) for batch in window]
-        result = self.updater.update(on_device, self.compute_loss, state.step + 1)
+        with out_of_memory_explained(f"step {state.step + 1}", window):
+            on_device = [batch.to(self.given.device) for batch in window]
+            result = self.updater.update(on_device, self.compute_loss, state.step + 1)
         if not result.skipped:
             self.schedule.step()
         state.step += 1
         state.loss_sum += result.loss_sum
         state.loss_count += result.count
         return result
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Run the batch that needs most, now that gradients and the optimizer's state are there, and forget it."""
+        with out_of_memory_explained("the batch of this run that needs most memory, tried beforehand", [batch]):
+            self.updater.rehearse(batch.to(self.given.device), self.compute_loss, self.args.gradient_accumulation_steps > 1)
 
     def _after_step(self, log: RunLog) -> None:
         state, args = self.state, self.args
@@ -269,7 +270,8 @@ class PeftTrainer:
         order = np.argsort(rows.lengths, kind="stable").tolist()
         for begin in range(0, len(order), size):
             batch = collate([rows[i] for i in order[begin : begin + size]])
-            output = self.prediction_step(batch.to(self.given.device))
+            with out_of_memory_explained("in evaluation (see per_device_eval_batch_size)", [batch]):
+                output = self.prediction_step(batch.to(self.given.device))
             loss_sum += output.sum.item()
             count += output.count
             for name, (value, number) in output.metrics.items():

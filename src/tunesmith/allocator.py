@@ -1,0 +1,59 @@
+"""The allocator of the process: mimalloc in place of glibc's malloc, where a run would be slower and larger without it.
+
+A step frees and takes the same few gigabytes of activations again and again. glibc either gives freed blocks back to the
+system, which has to clear every page anew, or keeps them in a heap that fills with holes (docs/performance.md has the figures).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+CHOICE = "TUNESMITH_ALLOCATOR"
+"""Environment variable: ``system`` leaves the allocator as it is."""
+_PACKAGE, _LIBRARY = "cmeel-mimalloc", "cmeel.prefix/lib/libmimalloc.so"
+_SETTINGS = {"MIMALLOC_PURGE_DELAY": "-1"}
+"""What is freed stays with the process."""
+_CHOSEN_BY_USER = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_", "MIMALLOC_")
+_GPU = Path("/dev/nvidiactl")
+
+
+def environment(env: MutableMapping[str, str]) -> dict[str, str] | None:
+    """The environment in which this program should be started again; None where it should go on as it is.
+
+    It goes on unless this is Linux without an NVIDIA device (there, the tensors of a step are not in this memory), mimalloc is
+    installed, and the user has set nothing about allocators.
+    """
+    if sys.platform != "linux" or _GPU.exists() or CHOICE in env or any(name.startswith(_CHOSEN_BY_USER) for name in env):
+        return None
+    try:
+        library = Path(str(distribution(_PACKAGE).locate_file(_LIBRARY)))
+    except PackageNotFoundError:
+        return None
+    if not library.is_file():
+        return None
+    return {**env, **_SETTINGS, "LD_PRELOAD": str(library), CHOICE: "mimalloc"}
+
+
+def use_mimalloc(arguments: Sequence[str]) -> None:
+    """Start this process again, by the same command line, with mimalloc; comes back where that is done or should not be.
+
+    Args:
+        arguments: of the process, as ``sys.orig_argv``.
+    """
+    if os.environ.get(CHOICE) == "mimalloc":
+        for name in ("LD_PRELOAD", *_SETTINGS):  # of no concern to the processes that this one starts
+            os.environ.pop(name, None)
+        return
+    env = environment(os.environ)
+    if env is not None:
+        os.execve(sys.executable, list(arguments), env)
+
+
+def allocator() -> str:
+    """``mimalloc`` if it serves this process, else ``system``."""
+    maps = Path("/proc/self/maps")
+    return "mimalloc" if sys.platform == "linux" and "libmimalloc" in maps.read_text(encoding="utf-8") else "system"
