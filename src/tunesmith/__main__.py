@@ -1,5 +1,5 @@
 """``python -m tunesmith``."""
 
-from tunesmith.cli import main
+from tunesmith.cli import start
 
-main()
+start()

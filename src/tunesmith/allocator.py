@@ -53,7 +53,9 @@ def use_mimalloc(arguments: Sequence[str]) -> None:
         os.execve(sys.executable, list(arguments), env)
 
 
-def allocator() -> str:
-    """``mimalloc`` if it serves this process, else ``system``."""
+def allocator_of_training() -> str:
+    """``mimalloc`` if it serves this process, or would serve one that trains, started in this environment; else ``system``."""
+    if environment(os.environ) is not None:
+        return "mimalloc"
     maps = Path("/proc/self/maps")
     return "mimalloc" if sys.platform == "linux" and "libmimalloc" in maps.read_text(encoding="utf-8") else "system"

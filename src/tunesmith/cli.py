@@ -286,8 +286,6 @@ def masks(
 
 def main() -> None:
     """Entry point: errors that a user can cure are one message and an exit status, not a traceback."""
-    if sys.argv[1:2] == ["train"]:
-        use_mimalloc(sys.orig_argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when imported, and of each product that it rounds
     logger = logging.getLogger("tunesmith")
     logger.setLevel(logging.INFO)
@@ -298,3 +296,10 @@ def main() -> None:
     except TunesmithError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def start() -> None:
+    """The program: what trains is started with an allocator that suits it."""
+    if sys.argv[1:2] == ["train"]:
+        use_mimalloc(sys.orig_argv)
+    main()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.allocator import allocator
+from tunesmith.allocator import allocator_of_training
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.types import Batch
 
@@ -23,7 +23,7 @@ _CODE = 40 * 2**20
 
 def allocator_slack(tensors: int, device: torch.device) -> int:
     """Bytes that tensors of so many bytes take beyond their own."""
-    return round(tensors * _ADDED[allocator() if device.type == "cpu" else "cuda"]) + _CODE
+    return round(tensors * _ADDED[allocator_of_training() if device.type == "cpu" else "cuda"]) + _CODE
 
 
 def available_memory(device: torch.device) -> int | None:

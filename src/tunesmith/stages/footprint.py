@@ -220,7 +220,7 @@ def _ingredients(config: RunConfig, model: torch.nn.Module, flat: bool, device: 
     row = Learned(np.zeros(2, np.int32), ((0, 2, 1.0),), Source("", "", 0, 0))
     return Ingredients(
         forward=FlatForward(model, flat, config.training.neftune_noise_alpha),
-        tokenizer=None,  # type: ignore[arg-type]  # nothing is saved
+        tokenizer=None,  # nothing is saved
         train_examples=RowsInMemory([row]),
         eval_examples=None,
         device=device,

@@ -24,7 +24,7 @@ from tunesmith.stages.footprint import Footprint, footprint
 from tunesmith.train.trainer import PeftTrainer
 from tunesmith.types import Batch
 
-_ROOMY = 0.5
+ROOMY = 0.5
 """Share of the memory that an upper bound may take before it is looked at more closely."""
 _TIGHT = 1.1
 """A plan is off by less than this factor (docs/performance.md); beyond it, a run is not begun."""
@@ -136,7 +136,7 @@ def decide(config: RunConfig, trainer: type[PeftTrainer], rows: Examples | Examp
     """
     asked = config.training.gradient_checkpointing
     batch, available = heaviest_batch(config, rows), _available(device)
-    if available is None or upper_bound(config, batch) < _ROOMY * available:
+    if available is None or upper_bound(config, batch) < ROOMY * available:
         return Decision(asked is True, None)
     try:
         plan = plan_run(config, trainer, batch, device)

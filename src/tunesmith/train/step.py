@@ -69,14 +69,7 @@ class Updater:
             NonFiniteError: the loss or gradient is not finite; nothing has been updated.
         """
         count = math.fsum(batch.total_weight for batch in window)
-        sums = []
-        for batch in window:
-            output = compute_loss(batch)
-            assert output.count == batch.total_weight, (output.count, batch.total_weight)
-            sums.append(output.sum.detach())
-            mean = output.sum / count
-            (self.scaler.scale(mean) if self.scaler else mean).backward()
-        losses = torch.stack(sums).tolist()
+        losses = torch.stack([self._accumulate(batch, compute_loss, count) for batch in window]).tolist()
         for loss, batch in zip(losses, window, strict=True):
             if not math.isfinite(loss):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -84,6 +77,14 @@ class Updater:
         grad_norm = self._apply(step, window)
         tokens = sum(batch.num_tokens for batch in window)
         return StepResult(math.fsum(losses), count, grad_norm, tokens, not math.isfinite(grad_norm))
+
+    def _accumulate(self, batch: Batch, compute_loss: ComputeLoss, count: float) -> torch.Tensor:
+        """Add the gradient of the batch's share in a mean over ``count`` terms; returns its summed loss."""
+        output = compute_loss(batch)
+        assert output.count == batch.total_weight, (output.count, batch.total_weight)
+        mean = output.sum / count
+        (self.scaler.scale(mean) if self.scaler else mean).backward()
+        return output.sum.detach()
 
     def rehearse(self, batch: Batch, compute_loss: ComputeLoss, accumulates: bool) -> None:
         """Forward and backward of a batch for the memory that they take; gradients and random numbers are as before.
@@ -98,7 +99,7 @@ class Updater:
                 parameter.grad = torch.zeros_like(parameter)
         try:
             with torch.random.fork_rng():
-                (compute_loss(batch).sum / batch.total_weight).backward()
+                self._accumulate(batch, compute_loss, batch.total_weight)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
