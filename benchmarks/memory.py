@@ -82,6 +82,7 @@ def _common(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "model_name_or_path": "builtin:smollm2-135m", "dataset": args.dataset, "dataset_dir": str(args.data.resolve()),
         "output_dir": str(scratch / "run"), "max_samples": args.rows, "num_train_epochs": 1, "packing": True,
+        "truncation": "keep_start", "on_bad_row": "drop",
         "save_strategy": "no", "plot_loss": False, "gradient_checkpointing": False,
     }  # fmt: skip
 

@@ -81,10 +81,11 @@ def out_of_memory_explained(what: str, window: Sequence[Batch]) -> Iterator[None
         if not is_out_of_memory(error):
             raise
         largest = max(window, key=lambda batch: batch.num_tokens)
+        said = str(error).strip().splitlines()[:1]
         sizes = f"{len(largest.lengths)} rows, {largest.num_tokens:,} tokens, the longest row {max(largest.lengths):,}"
         raise OutOfMemoryError(
             f"out of memory: {what} ({sizes}; rows: {', '.join(map(str, largest.sources[:3]))}). Less is needed with "
             "gradient_checkpointing: true, a smaller per_device_train_batch_size (and a larger gradient_accumulation_steps), a "
             "smaller cutoff_len, or quantization_bit: 4 with finetuning_type: lora; tunesmith check says how much each saves. "
-            f"Checkpoints written so far are whole. The system said: {str(error).strip().splitlines()[0][:200]}"
+            f"Checkpoints written so far are whole. The system said: {said[0][:200] if said else type(error).__name__}"
         ) from error
