@@ -51,9 +51,8 @@ def main() -> None:
         use_mimalloc(sys.orig_argv)
         print(json.dumps(_train(args.one)))
         return
-    print(
-        "| run | cutoff | batch | planned MiB | measured MiB | planned / measured | later / tried |\n|---|---|---|---|---|---|---|"
-    )
+    print("| run | cutoff | batch | planned MiB | measured MiB | planned / measured | later / tried |")
+    print("|---" * 7 + "|")
     worst, later = 0.0, 0.0
     for name, settings in _runs():
         with tempfile.TemporaryDirectory() as scratch:

@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "freeze": {"finetuning_type": "freeze", "num_layer_trainable": 1},
     "padded": {"attn_implementation": "sdpa"},
     "dora": {"use_dora": True},
+    "nf4": {"quantization_bit": 4},
     "adafactor": {"finetuning_type": "full", "optim": "adafactor"},
 }
 

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from tunesmith.model.adapter import unwrap
 from tunesmith.model.forward import FlatForward, probe_batch
+from tunesmith.model.phantom import RoundedLinear
 from tunesmith.model.precision import autocast
 
 Forward = Callable[..., torch.Tensor]
@@ -65,7 +66,8 @@ def _is_plain(layer: Any) -> bool:
     """Whether a layer adapts a matrix, and its base is one that ``_matrix`` knows. Adapters are looked at when it is called."""
     if type(layer) is LoraLinear:
         base = layer.get_base_layer()
-        return type(base) is torch.nn.Linear and not layer.fan_in_fan_out and not base._forward_hooks
+        plain = type(base) is torch.nn.Linear or (isinstance(base, RoundedLinear) and base.bits == 4)
+        return plain and not layer.fan_in_fan_out and not base._forward_hooks
     if is_bnb_4bit_available():
         from bitsandbytes.nn import Linear4bit
         from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
@@ -175,6 +177,8 @@ def _run(x: torch.Tensor, layers: Sequence[LoraLayer], adapters: Sequence[str]) 
 
 def _matrix(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """``[O, I]``; of 4 bits, unpacked for this moment as bitsandbytes does it."""
+    if isinstance(base, RoundedLinear):
+        return base.unfolded(dtype)
     weight: Any = base.weight
     state = getattr(weight, "quant_state", None)
     if state is None:

@@ -59,6 +59,11 @@ def head_matrix(head: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | Non
     return head.weight, head.bias
 
 
+def adds_nothing(model: torch.nn.Module) -> bool:
+    """Whether a model does no more than its layers do: not so with virtual tokens, for one."""
+    return not isinstance(model, PeftModel) or type(model.base_model).forward is BaseTuner.forward
+
+
 @torch.no_grad()
 def find_output(forward: FlatForward, dtype: torch.dtype) -> tuple[Output | None, str]:
     """How the model makes logits of hidden states, or None and why this is not known.
@@ -68,7 +73,7 @@ def find_output(forward: FlatForward, dtype: torch.dtype) -> tuple[Output | None
         dtype: that training computes in.
     """
     model = forward.model
-    if isinstance(model, PeftModel) and type(model.base_model).forward is not BaseTuner.forward:
+    if not adds_nothing(model):
         return None, f"{type(model.base_model).__name__} does more than its layers do"
     training = model.training
     model.eval()

@@ -159,14 +159,18 @@ class RoundedLinear(torch.nn.Linear):
         packed = torch.empty(layer.weight.numel() * bits // 8, dtype=torch.uint8, device="meta")
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
 
+    def unfolded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights ``[out_features, in_features]`` for one product."""
+        return torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The product by the weights as they are unfolded; in the input's dtype, as bitsandbytes does it."""
         if self.bits == 8:  # computes in the dtype that it gets, and keeps what it gets
-            result: torch.Tensor = _Unfolded.apply(input, self.out_features, input)
+            result: torch.Tensor = _Unfolded.apply(input, self, input)
         else:
             device = input.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-            result = _Unfolded.apply(input.to(dtype), self.out_features).to(input.dtype)
+            result = _Unfolded.apply(input.to(dtype), self).to(input.dtype)
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
 
@@ -177,13 +181,13 @@ def _scales(layer: torch.nn.Linear, bits: int) -> int:
 
 class _Unfolded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, out_features: int, kept: torch.Tensor | None = None) -> torch.Tensor:
-        ctx.kept, ctx.shape = kept, (out_features, input.shape[-1])
-        return input @ torch.empty(ctx.shape, dtype=input.dtype, device=input.device).t()
+    def forward(ctx: Any, input: torch.Tensor, layer: RoundedLinear, kept: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.layer, ctx.kept = layer, kept
+        return input @ layer.unfolded(input.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient @ torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device), None, None
+        return gradient @ ctx.layer.unfolded(gradient.dtype), None, None
 
 
 def round_layers(model: torch.nn.Module, bits: int, head: torch.nn.Module | None) -> None:

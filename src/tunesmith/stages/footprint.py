@@ -27,6 +27,8 @@ from tunesmith.model.adapter import recompute_activations, trainable_parameters
 from tunesmith.model.attention import NotSegmentable
 from tunesmith.model.forward import FlatForward, sees_less
 from tunesmith.model.lineage import continued_config, line_of
+from tunesmith.model.lora_kernel import install_lora_kernel
+from tunesmith.model.output import Output, adds_nothing
 from tunesmith.model.phantom import LiveBytes, make_fake, round_layers
 from tunesmith.model.precision import norms_to_float, resolve_dtype
 from tunesmith.model.source import locate
@@ -218,17 +220,20 @@ def _run(
 
 def _ingredients(config: RunConfig, model: torch.nn.Module, flat: bool, device: torch.device) -> Ingredients:
     row = Learned(np.zeros(2, np.int32), ((0, 2, 1.0),), Source("", "", 0, 0))
+    forward, dtype = FlatForward(model, flat, config.training.neftune_noise_alpha), resolve_dtype(config.compute_dtype, device)
+    install_lora_kernel(forward, dtype)
     return Ingredients(
-        forward=FlatForward(model, flat, config.training.neftune_noise_alpha),
+        forward=forward,
         tokenizer=None,  # nothing is saved
         train_examples=RowsInMemory([row]),
         eval_examples=None,
         device=device,
-        compute_dtype=resolve_dtype(config.compute_dtype, device),
+        compute_dtype=dtype,
         run=Path(config.training.output_dir),
         reporter=SilentReporter(),
         finetuning=config.finetuning,
         attention="",
+        output=Output() if adds_nothing(model) else None,
     )
 
 

@@ -243,7 +243,7 @@ def heaviest_batch(config: RunConfig, rows: Examples | ExampleStream) -> Batch:
     capacity = data.cutoff_len if data.packing else None
     loader = make_loader(rows, config.training, data_seed(config), not data.disable_shuffling, capacity)
     text = _settings(config)
-    cost = Cost(_token_bytes(text), 12.0 * text.vocab_size, padded=config.model.attn_implementation != "auto")
+    cost = Cost(_token_bytes(text), 8.0 * text.hidden_size, padded=config.model.attn_implementation != "auto")
     return heaviest(loader, planned_updates(loader, config.training), cost, data.cutoff_len)
 
 
