@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from tunesmith.allocator import use_mimalloc
+from tunesmith.process import prepare
 
 GRID: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        use_mimalloc(sys.orig_argv)
+        prepare(sys.orig_argv)
         print(json.dumps(_train(args.one)))
         return
     print("| run | cutoff | batch | planned MiB | measured MiB | planned / measured | later / tried |")

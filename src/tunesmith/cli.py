@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tunesmith.allocator import use_mimalloc
+from tunesmith import process
 from tunesmith.errors import TunesmithError
 
 app = typer.Typer(
@@ -301,5 +301,5 @@ def main() -> None:
 def start() -> None:
     """The program: what trains is started with an allocator that suits it."""
     if sys.argv[1:2] == ["train"]:
-        use_mimalloc(sys.orig_argv)
+        process.prepare(sys.orig_argv)
     main()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.allocator import allocator_of_training
 from tunesmith.errors import OutOfMemoryError
+from tunesmith.process import allocator_of_training
 from tunesmith.types import Batch
 
 GIB = 2**30

@@ -9,36 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import allocator
+from tunesmith import process
 
 SCRIPT = """
 import os, sys
-from tunesmith.allocator import allocator_of_training, use_mimalloc
-use_mimalloc(sys.orig_argv)
+from tunesmith.process import allocator_of_training, prepare
+prepare(sys.orig_argv)
 print(allocator_of_training(), "libmimalloc" in open("/proc/self/maps").read(), os.environ.get("LD_PRELOAD"), sys.argv[1:])
 """
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(allocator, "_GPU", tmp_path / "none")
+    monkeypatch.setattr(process, "_GPU", tmp_path / "none")
 
 
 @pytest.mark.parametrize(
     "env", [{"LD_PRELOAD": "x"}, {"MALLOC_ARENA_MAX": "1"}, {"MIMALLOC_VERBOSE": "1"}, {"TUNESMITH_ALLOCATOR": "system"}]
 )
 def test_what_the_user_has_set_stays(env: dict[str, str]) -> None:
-    assert allocator.environment(env) is None
+    assert process.environment(env) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux" or find_spec("cmeel_pth") is None, reason="needs Linux and cmeel-mimalloc")
 def test_the_process_is_started_again_by_the_same_command_line() -> None:
-    assert allocator.environment({}) is not None
+    assert process.environment({}) is not None
     command = [sys.executable, "-c", SCRIPT, "a", "b c"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "mimalloc True None ['a', 'b c']"
 
 
 def test_a_gpu_leaves_it_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(allocator, "_GPU", tmp_path)
-    assert allocator.environment({}) is None
+    monkeypatch.setattr(process, "_GPU", tmp_path)
+    assert process.environment({}) is None

@@ -1,7 +1,9 @@
-"""The allocator of the process: mimalloc in place of glibc's malloc, where a run would be slower and larger without it.
+"""What a process that trains is started with: an allocator that keeps its pages, and kernel caches that end somewhere.
 
 A step frees and takes the same few gigabytes of activations again and again. glibc either gives freed blocks back to the
-system, which has to clear every page anew, or keeps them in a heap that fills with holes (docs/performance.md has the figures).
+system, which has to clear every page anew, or keeps them in a heap that fills with holes; mimalloc does neither. And oneDNN
+keeps the kernels of the last 1,024 shapes twice over: with a new number of tokens in every batch, memory grows by some 20 MiB
+an update for that (docs/performance.md has the figures).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ CHOICE = "TUNESMITH_ALLOCATOR"
 _PACKAGE, _LIBRARY = "cmeel-mimalloc", "cmeel.prefix/lib/libmimalloc.so"
 _SETTINGS = {"MIMALLOC_PURGE_DELAY": "-1"}
 """What is freed stays with the process."""
+_KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""Shapes whose kernels are kept, by torch and by oneDNN itself: more than an update of one batch has."""
 _CHOSEN_BY_USER = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_", "MIMALLOC_")
 _GPU = Path("/dev/nvidiactl")
 
@@ -38,12 +42,16 @@ def environment(env: MutableMapping[str, str]) -> dict[str, str] | None:
     return {**env, **_SETTINGS, "LD_PRELOAD": str(library), CHOICE: "mimalloc"}
 
 
-def use_mimalloc(arguments: Sequence[str]) -> None:
-    """Start this process again, by the same command line, with mimalloc; comes back where that is done or should not be.
+def prepare(arguments: Sequence[str]) -> None:
+    """Bound the kernel caches, unless the user has, and start this process again, by the same command line, with mimalloc.
+
+    Comes back where that is done or should not be. To be called before torch is imported.
 
     Args:
         arguments: of the process, as ``sys.orig_argv``.
     """
+    for name, capacity in _KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
     if os.environ.get(CHOICE) == "mimalloc":
         for name in ("LD_PRELOAD", *_SETTINGS):  # of no concern to the processes that this one starts
             os.environ.pop(name, None)
