@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tunesmith.model.attention_kernel import SegmentAttention
+
 SEGMENTS = "tunesmith_segments"
 _HARMLESS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position", "use_cache",
@@ -58,6 +60,9 @@ def segment_attention(
     if boundaries is None or attention_mask is not None or unknown:
         raise NotSegmentable(", ".join(unknown) or "row boundaries do not reach the attention layers")
     edges = boundaries.tolist()
+    if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return SegmentAttention.apply(query, key, value, edges, scale), None
     grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(
