@@ -1,8 +1,10 @@
 """``python -m benchmarks.ablation [key=value ...]``: what each technique of the fast step is worth, by turns in one process.
 
 One model, the same weights, rows and order; each batch is computed (forward and backward, no update) once with every set of
-techniques before the next. Ratios are medians over batches of the time without a technique by the time with all of them. Keys
-are those of ``tunesmith train``; the work unit is SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, batch 4, cutoff 1024.
+techniques before the next; which comes first goes round. Ratios are medians over batches of the time without a technique by
+the time with all of them. ``--clock cpu`` counts the processor's time instead of the wall's, for machines that others use too.
+Keys are those of ``tunesmith train``; the work unit is SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, batch 4, cutoff
+1024.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import ROOT
 from tunesmith.config.load import load_config
+from tunesmith.model import attention
 from tunesmith.model.builtin import fetch
 from tunesmith.model.lora_kernel import remove_lora_kernel
 from tunesmith.stages.run import build_trainer
@@ -49,15 +53,40 @@ def without_lora(trainer: PeftTrainer) -> Callable[[], None]:
     return remove_lora_kernel(trainer.model)
 
 
-TECHNIQUES = {"head in chunks, its gradient in the forward pass": without_head, "LoRA as one autograd function": without_lora}
+def without_attention(trainer: PeftTrainer) -> Callable[[], None]:
+    """The library's attention for each segment."""
+
+    def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: Sequence[int], scale: float) -> torch.Tensor:
+        parts = [
+            scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True)
+            for a, b in pairwise(edges)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+    own = attention.attend
+    attention.attend = library
+
+    def back() -> None:
+        attention.attend = own
+
+    return back
+
+
+TECHNIQUES = {
+    "head in chunks, its gradient in the forward pass": without_head,
+    "LoRA layers as one autograd function": without_lora,
+    "attention by blocks (CPU)": without_attention,
+}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation")
     parser.add_argument("--steps", type=int, default=12, help="measured batches")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("keys", nargs="*", help="key=value of the configuration")
     args = parser.parse_args()
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     with tempfile.TemporaryDirectory() as scratch:
         settings = {
             "model_name_or_path": str(fetch("smollm2-135m")), "dataset": str(ROOT / "examples/data/general.jsonl"),
@@ -76,11 +105,11 @@ def main() -> None:
     losses: dict[str, list[float]] = {name: [] for name in sets}
     tokens = 0
     for number, window in enumerate(islice(trainer.loader.windows(0), WARM_UP + args.steps)):
-        for name, off in sets.items():
+        for name, off in [*sets.items()][number % len(sets) :] + [*sets.items()][: number % len(sets)]:
             back = [switch(trainer) for switch in off]
-            began = time.perf_counter()
+            began = clock()
             loss = _compute(trainer, window[0])
-            ended = time.perf_counter()
+            ended = clock()
             for restore in back:
                 restore()
             if number >= WARM_UP:

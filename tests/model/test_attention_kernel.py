@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tunesmith.model import attention_kernel
-from tunesmith.model.attention_kernel import SegmentAttention
+from tunesmith.model.attention_kernel import attend
 
 
 def drawn(total: int, heads: int, keys: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -34,7 +34,7 @@ def test_output_and_gradients(heads: int, keys: int, lengths: tuple[int, ...]) -
     q, k, v, do = drawn(edges[-1], heads, keys)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     reference = expected(*exact, edges, 0.7)
-    found = SegmentAttention.apply(q, k, v, edges, 0.7)
+    found = attend(q, k, v, edges, 0.7)
     assert found.is_contiguous()
     torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-6)
     mine = torch.autograd.grad(found, (q, k, v), do)
@@ -54,7 +54,7 @@ def test_bf16_is_as_near_to_the_truth_as_the_library(tiles: bool, monkeypatch: p
         found = [t.detach() for t in (out, *torch.autograd.grad(out, (q, k, v), do))]
         return [((a - b).norm() / b.norm()).item() for a, b in zip(found, truths, strict=True)]
 
-    ours = errors(SegmentAttention.apply(q, k, v, (0, 180), 0.35))
+    ours = errors(attend(q, k, v, (0, 180), 0.35))
     theirs = errors(expected(q, k, v, (0, 180), 0.35))
     assert max(ours) < 1.2 * max(theirs) < 0.02
 
@@ -62,4 +62,4 @@ def test_bf16_is_as_near_to_the_truth_as_the_library(tiles: bool, monkeypatch: p
 def test_the_function_has_the_derivatives_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernel, "_BLOCK", 2)
     q, k, v, _ = drawn(6, 2, 1, torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: SegmentAttention.apply(*t, (0, 5, 6), 0.5), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: attend(*t, (0, 5, 6), 0.5), (q, k, v))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tunesmith.model.attention_kernel import SegmentAttention
+from tunesmith.model.attention_kernel import attend
 
 SEGMENTS = "tunesmith_segments"
 _HARMLESS = {
@@ -62,7 +62,7 @@ def segment_attention(
     edges = boundaries.tolist()
     if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return SegmentAttention.apply(query, key, value, edges, scale), None
+        return attend(query, key, value, edges, scale), None
     grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(

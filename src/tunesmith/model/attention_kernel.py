@@ -28,13 +28,25 @@ _TILES = torch.cpu._is_amx_tile_supported()
 """Whether the library's forward pass in bf16 is the faster one."""
 
 
-class SegmentAttention(torch.autograd.Function):
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: Sequence[int], scale: float) -> torch.Tensor:
     """Causal attention of each segment to itself.
 
-    ``apply(query, key, value, edges, scale)``: ``[1, h, T, d]``, twice ``[1, k, T, d]``, the boundaries ``(0, l1, l1 + l2, ...)``
-    and the factor of the scores. Returns ``[1, T, h, d]``.
-    """
+    Args:
+        query: ``[1, h, T, d]``.
+        key: ``[1, k, T, d]``, ``h`` a multiple of ``k``.
+        value: like ``key``.
+        edges: boundaries of the segments, ``0, l1, l1 + l2, ..., T``.
+        scale: factor of the scores.
 
+    Returns:
+        ``[1, T, h, d]``, contiguous.
+    """
+    assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape, (query.shape, key.shape, value.shape)
+    out: torch.Tensor = _Attention.apply(query, key, value, edges, scale)
+    return out
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: Sequence[int], scale: float
