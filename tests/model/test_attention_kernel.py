@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
 
-from tunesmith.model import attention_kernel
+from tunesmith.model import attention, attention_kernel
 from tunesmith.model.attention_kernel import attend
+from tunesmith.model.forward import segments_work
 
 
 def drawn(total: int, heads: int, keys: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -63,3 +66,16 @@ def test_the_function_has_the_derivatives_it_says(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention_kernel, "_BLOCK", 2)
     q, k, v, _ = drawn(6, 2, 1, torch.float64)
     assert torch.autograd.gradcheck(lambda *t: attend(*t, (0, 5, 6), 0.5), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_saw_each_other_would_be_noticed(
+    tiny_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, edges, scale: attend(q, k, v, (0, edges[-1]), scale))
+    works, reason = segments_work(model, 64)
+    assert not works and "other logits" in reason
+    monkeypatch.undo()
+    assert segments_work(model, 64) == (True, "")
