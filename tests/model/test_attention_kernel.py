@@ -68,6 +68,18 @@ def test_the_function_has_the_derivatives_it_says(monkeypatch: pytest.MonkeyPatc
     assert torch.autograd.gradcheck(lambda *t: attend(*t, (0, 5, 6), 0.5), (q, k, v))
 
 
+def test_autocast_says_the_dtype_as_for_the_library() -> None:
+    """Under full tuning queries and keys come out of their rotation in float32, values as bf16."""
+    q, k, v, do = drawn(70, 4, 2)
+    mixed = v.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = attend(q, k, mixed, (0, 70), 0.3), expected(q, k, mixed, (0, 70), 0.3)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    found, others = (torch.autograd.grad(out, (q, k, mixed), do.bfloat16()) for out in (ours, theirs))
+    for gradient, other in zip(found, others, strict=True):
+        assert gradient.dtype == other.dtype and (gradient - other).norm() <= 2e-2 * other.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_saw_each_other_would_be_noticed(
     tiny_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -69,6 +69,22 @@ def test_hidden_states_and_head_give_what_logits_give(
     compare(load_config(write_config({**settings, **changes}))[0])
 
 
+@pytest.mark.parametrize("finetuning", ["lora", "full", "freeze"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_stays_near_float32(settings: dict[str, Any], write_config: Any, finetuning: str, dtype: str) -> None:
+    """The whole step, attention and adapters included; fp16 under its loss scale."""
+    results = []
+    for compute in ("fp32", dtype):
+        values = {**settings, "finetuning_type": finetuning, "compute_dtype": compute, "max_steps": 3, "learning_rate": 1e-4}
+        trainer, _ = build_trainer(load_config(write_config(values))[0], SilentReporter())
+        trainer.model.train()
+        window = next(iter(trainer.loader.windows(0)))
+        steps = [trainer.training_step(window) for _ in range(3)]
+        assert not any(step.skipped for step in steps)
+        results.append([(step.loss_sum / step.count, step.grad_norm) for step in steps])
+    torch.testing.assert_close(torch.tensor(results[1]), torch.tensor(results[0]), rtol=3e-2, atol=0)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder, which is absent")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(settings: dict[str, Any], write_config: Any, name: str) -> None:

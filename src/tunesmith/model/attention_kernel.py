@@ -39,9 +39,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: S
         scale: factor of the scores.
 
     Returns:
-        ``[1, T, h, d]``, contiguous.
+        ``[1, T, h, d]``, contiguous, in the dtype that autocast says, else that of the query.
     """
     assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape, (query.shape, key.shape, value.shape)
+    if torch.is_autocast_enabled(query.device.type):  # as for the library's attention; rotated queries and keys may be float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out: torch.Tensor = _Attention.apply(query, key, value, edges, scale)
     return out
 
