@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.bare import BareLoop
+from benchmarks.contenders.bare import BareLoop
 
 from tests.conftest import SHARED, make_rows, tunesmith
 from tunesmith.train.runlog import read_log

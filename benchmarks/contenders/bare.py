@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +37,7 @@ class BareLoop:
         dtype: of the model; adapters are float32.
         seed: of the adapters.
         cutoff: longest row in tokens.
+        full: train all weights, kept in float32, under autocast to ``dtype``.
     """
 
     def __init__(
@@ -45,12 +50,14 @@ class BareLoop:
         dtype: torch.dtype = torch.float32,
         seed: int = 42,
         cutoff: int = 1 << 30,
+        full: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if full else dtype)
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model = get_peft_model(model, config).train()
+        self.model = (model if full else get_peft_model(model, config)).train()
+        self.autocast = torch.autocast("cpu", dtype, enabled=full and dtype != torch.float32)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
         self.schedule = get_scheduler("linear", self.optimizer, num_warmup_steps=0, num_training_steps=total_steps)
@@ -69,10 +76,36 @@ class BareLoop:
         inputs = torch.tensor([ids + [0] * pad for (ids, _), pad in zip(chosen, pads, strict=True)])
         labels = torch.tensor([row + [-100] * pad for (_, row), pad in zip(chosen, pads, strict=True)])
         mask = torch.tensor([[1] * len(ids) + [0] * pad for (ids, _), pad in zip(chosen, pads, strict=True)])
-        loss = self.model(input_ids=inputs, attention_mask=mask, labels=labels).loss
+        with self.autocast:
+            loss = self.model(input_ids=inputs, attention_mask=mask, labels=labels).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         return loss.item(), norm.item()
+
+
+def main() -> None:
+    """Answer each line with an update."""
+    folder, rows, unit = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    loop = BareLoop(
+        folder,
+        json.loads(rows.read_text(encoding="utf-8")),
+        batch=unit["batch"],
+        total_steps=unit["steps"],
+        rate=unit["rate"],
+        dtype=torch.bfloat16,
+        cutoff=unit["cutoff"],
+        full=unit["settings"].get("finetuning_type") == "full",
+    )
+    print(json.dumps({"ready": "bare"}), flush=True)
+    for index, _ in enumerate(sys.stdin):
+        began = time.perf_counter()
+        loss, _ = loop.step(index)
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "tokens": loop.real_tokens(index), "loss": loss}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
