@@ -86,6 +86,8 @@ def _contenders(args: argparse.Namespace, file: Path) -> list[Contender]:
             found.append(contender("bare", "bare", arguments()))
         else:
             kind = {"packing": other == "trl-packed", "padding_free": other == "trl-padding-free"}
+            if other == "trl-packed" and not args.packed:  # one pack has about as many tokens as four rows
+                kind["batch"] = max(args.batch // 4, 1)
             found.append(contender(other, "with_trl", arguments(**kind), trl_python()))
     return found
 

@@ -76,7 +76,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
-            output_dir=scratch, max_length=None if unit["padding_free"] else unit["cutoff"], per_device_train_batch_size=unit["batch"], max_steps=unit["steps"],
+            output_dir=scratch, max_length=None if unit["padding_free"] else unit["cutoff"],
+            per_device_train_batch_size=unit["batch"], max_steps=unit["steps"],
             learning_rate=unit["rate"], bf16=True, use_cpu=True, gradient_checkpointing=False, logging_steps=1,
             save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
             dataset_num_proc=1, packing=unit["packing"], padding_free=unit["padding_free"],
