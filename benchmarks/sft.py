@@ -72,7 +72,7 @@ def _rows(file: Path, count: int) -> list[dict[str, str]]:
 def _contenders(args: argparse.Namespace, file: Path) -> list[Contender]:
     model = args.model or str(fetch("smollm2-135m"))
     unit: dict[str, Any] = {
-        "batch": args.batch, "cutoff": args.cutoff, "rate": 1e-4, "steps": WARM_UP + args.steps, "packing": False,
+        "batch": args.batch, "cutoff": args.cutoff, "rate": 1e-4, "steps": WARM_UP + args.steps + 1, "packing": False,
         "padding_free": False, "settings": {"finetuning_type": "full"} if args.full else {},
     }  # fmt: skip
 

@@ -157,7 +157,7 @@ def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokeni
         return
     checked.lengths = _lengths(*np.unique(mixed.lengths, return_counts=True))
     checked.plan = _plan(config, rows, evaluated)
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, Rows) or rows.kind.name == target_of(config):
         _look_at_memory(config, heaviest_batch(config, rows), checked)
 
 

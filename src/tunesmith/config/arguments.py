@@ -270,8 +270,13 @@ DataTrainingArguments = DataArguments
 class FinetuningArguments(Arguments):
     """What is trained."""
 
-    stage: Literal["pt", "sft"] = Field(
-        "sft", description="Training stage. pt: pretraining on plain text. sft: supervised fine-tuning on dialogues."
+    stage: Literal["pt", "sft", "rm"] = Field(
+        "sft",
+        description="Training stage. pt: pretraining on plain text. sft: supervised fine-tuning on dialogues. rm: reward model "
+        "on preference pairs.",
+    )
+    reward_centering: float = Field(
+        0.0, ge=0, description="rm: factor of (r_chosen + r_rejected)^2, which keeps rewards around 0 (0.01 is usual)."
     )
     finetuning_type: Literal["lora", "freeze", "full", "peft", "none"] = Field(
         "lora",

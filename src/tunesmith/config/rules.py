@@ -106,6 +106,7 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
         yield from _data_rules(data)
         if isinstance(finetuning, FinetuningArguments):
             yield from _learning_rules(data, finetuning)
+            yield from _stage_rules(data, finetuning, training if isinstance(training, TrainingArguments) else None)
     if isinstance(finetuning, FinetuningArguments):
         yield from _tuning_rules(finetuning)
         if isinstance(model, ModelArguments):
@@ -227,6 +228,21 @@ def _learning_rules(data: DataArguments, finetuning: FinetuningArguments) -> Ite
             yield key, f"has no meaning with stage: {finetuning.stage}, only with stage: sft; remove the key"
     elif len(asked) > 1:
         yield "train_on_prompt", "learns all of a row, mask_history only its last assistant turn; keep one of the two"
+
+
+def _stage_rules(
+    data: DataArguments, finetuning: FinetuningArguments, training: TrainingArguments | None
+) -> Iterator[tuple[str, str]]:
+    if finetuning.stage != "rm":
+        if finetuning.reward_centering:
+            yield "reward_centering", f"has no meaning with stage: {finetuning.stage}, only with stage: rm; remove the key"
+        return
+    if data.packing:
+        yield "packing", "pairs are not packed in stage rm; rows are computed without padding all the same. Remove the key"
+    if data.streaming:
+        yield "streaming", "stage rm reads prepared pairs; remove the key"
+    if training is not None and training.sample_prompts:
+        yield "sample_prompts", "a reward model answers nothing; remove the key"
 
 
 def _training_rules(training: TrainingArguments) -> Iterator[tuple[str, str]]:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from tunesmith.types import IGNORE_INDEX, Batch, Example
+from tunesmith.types import IGNORE_INDEX, Batch, Example, PairExample
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Join examples into one flat batch; positions restart with each of them."""
+def collate(examples: Sequence[Example] | Sequence[PairExample]) -> Batch:
+    """Join examples into one flat batch; positions restart with each of them.
+
+    Of ``n`` pairs it has 2n rows, the better answers first, and counts n: a pair is one term of a loss.
+    """
+    pairs = [example for example in examples if isinstance(example, PairExample)]
+    if pairs:
+        both = _join([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+        return replace(both, total_weight=float(len(pairs)))
+    return _join([example for example in examples if isinstance(example, Example)])
+
+
+def _join(examples: Sequence[Example]) -> Batch:
     lengths = tuple(len(e) for e in examples)
     labels_T = np.concatenate([e.labels for e in examples])
     positions_S, targets_S = next_token_targets(labels_T, lengths)

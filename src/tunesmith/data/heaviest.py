@@ -10,7 +10,7 @@ import numpy as np
 
 from tunesmith.data.collator import collate
 from tunesmith.data.loader import DataLoader, StreamLoader, lengths_of
-from tunesmith.types import IGNORE_INDEX, Batch, Example, Source
+from tunesmith.types import IGNORE_INDEX, Batch, Example, PairExample, Source
 
 _READ = 64
 """Micro-batches that are looked at; the others have fewer tokens."""
@@ -88,14 +88,23 @@ def _planned(loader: DataLoader, epochs: int, padded: bool) -> list[tuple[int, l
     return sorted(best, key=lambda entry: -entry[0])
 
 
-def blank_batch(lengths: Sequence[int], targets: int) -> Batch:
-    """A batch of rows of these lengths, of token 0, with so many supervised tokens at their ends."""
+def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False) -> Batch:
+    """A batch of rows of these lengths, of token 0, with so many supervised tokens at their ends.
+
+    Args:
+        lengths: of the rows; of pairs, of the better answers, then of the others.
+        targets: supervised tokens in all.
+        pairs: whether two rows make one term of a loss.
+    """
     rows = []
     for length, learned in zip(lengths, _shares(lengths, targets), strict=True):
         labels = np.full(length, IGNORE_INDEX, dtype=np.int32)
         labels[length - learned :] = 0
         rows.append(Example(np.zeros(length, np.int32), labels, Source("planned", "planned", 0, 0)))
-    return collate(rows)
+    if not pairs:
+        return collate(rows)
+    count = len(rows) // 2
+    return collate([PairExample(a, b, a.source) for a, b in zip(rows[:count], rows[count:], strict=True)])
 
 
 def _shares(lengths: Sequence[int], targets: int) -> Iterator[int]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from tunesmith.config.arguments import TrainingArguments
 from tunesmith.data.collator import collate
+from tunesmith.data.kinds import Rows
 from tunesmith.data.memory import RowsInMemory
 from tunesmith.data.pack import pack
 from tunesmith.data.prefetch import made_ahead
@@ -26,9 +27,9 @@ Window = tuple[list[Batch], bool]
 _MEGABATCH = 50
 
 
-def lengths_of(examples: Sequence[Example] | Examples) -> np.ndarray:
+def lengths_of(examples: Sequence[Example] | Examples | Rows[Any]) -> np.ndarray:
     """Tokens of each example, int64 ``[N]``, without reading them where they lie on disk."""
-    if isinstance(examples, Selection | Blocks | RowsInMemory):
+    if isinstance(examples, Selection | Blocks | RowsInMemory | Rows):
         return examples.lengths
     return np.array([len(example) for example in examples], dtype=np.int64)
 
@@ -68,7 +69,7 @@ class DataLoader:
 
     def __init__(
         self,
-        examples: Sequence[Example] | Examples,
+        examples: Sequence[Example] | Examples | Rows[Any],
         batch_size: int,
         accumulation: int = 1,
         seed: int = 42,
@@ -240,7 +241,7 @@ def _sum(*reports: DataReport) -> DataReport:
 
 
 def make_loader(
-    rows: Examples | ExampleStream, args: TrainingArguments, seed: int, shuffle: bool, capacity: int | None
+    rows: Examples | Rows[Any] | ExampleStream, args: TrainingArguments, seed: int, shuffle: bool, capacity: int | None
 ) -> DataLoader | StreamLoader:
     """The loader of a run.
 

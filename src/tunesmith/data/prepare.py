@@ -31,6 +31,10 @@ _SNIFFED = 200
 _FIELDS = {"query_column": "query", "history_column": "history", "system_column": "system", "tools_column": "tools"}
 
 
+TARGETS: Mapping[str, Target] = {"pt": "document", "sft": "conversation", "rm": "pair"}
+"""Stage -> what it needs of a row."""
+
+
 def load_examples(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport, target: Target | None = None
 ) -> tuple[Examples, Examples | None]:
@@ -66,7 +70,7 @@ def load_rows(
 
 def target_of(config: RunConfig) -> Target:
     """What the stage needs of a row."""
-    return "document" if config.finetuning.stage == "pt" else "conversation"
+    return TARGETS[config.finetuning.stage]
 
 
 def _load(

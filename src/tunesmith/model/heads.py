@@ -8,6 +8,7 @@ files are read here and ours there. The head of a sequence classifier (``score``
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,6 +134,20 @@ def _find(folder: Path) -> tuple[Path, dict[str, str], dict[str, Stored]] | None
     if adapter.is_file() and (weight := read_header(adapter).get(CLASSIFIER_HEAD)) is not None:
         return adapter, {CLASSIFIER_HEAD: WEIGHT}, {CLASSIFIER_HEAD: weight}
     return None
+
+
+def starting_head(folders: Sequence[Path], width: int) -> ValueHead:
+    """The head that training begins with: that of the last folder that has one, else a new one.
+
+    Args:
+        folders: of the base and of all that was trained on it, in order.
+        width: of the model's hidden states.
+
+    Raises:
+        ModelError: as ``load_value_head``.
+    """
+    found = next((folder for folder in reversed(folders) if has_head(folder)), None)
+    return ValueHead(width) if found is None else load_value_head(found, width)
 
 
 def load_value_head(folder: Path, width: int) -> ValueHead:

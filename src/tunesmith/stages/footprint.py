@@ -23,9 +23,10 @@ from tunesmith.data.learned import Learned
 from tunesmith.data.memory import RowsInMemory
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import attention
-from tunesmith.model.adapter import recompute_activations, trainable_parameters
+from tunesmith.model.adapter import head_of, recompute_activations, set_head, trainable_parameters
 from tunesmith.model.attention import NotSegmentable
 from tunesmith.model.forward import FlatForward, sees_less
+from tunesmith.model.heads import ValueHead, head_width
 from tunesmith.model.lineage import continued_config, line_of
 from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import Output, adds_nothing
@@ -187,6 +188,8 @@ def _tuned(config: RunConfig, model: PreTrainedModel) -> torch.nn.Module:
         tuned = init_adapter(model, tuning.model_copy(update={"pissa_init": False}), "")
     if config.training.gradient_checkpointing is True:
         recompute_activations(tuned)
+    if config.finetuning.stage == "rm":
+        set_head(tuned, ValueHead(head_width(model)))
     return tuned
 
 
@@ -202,6 +205,8 @@ def _run(
     with LiveBytes(fake) as live:
         live.kind = "weights"
         make_fake(model, live, device)
+        if (head := head_of(model)) is not None:
+            make_fake(head, live, device)
         trainer = kind(config.training, _ingredients(config, model, flat, device))
         trainer.updater.scaler = None  # its few numbers do not matter, and what it reads of the gradients would be made up
         for parameter in trainable_parameters(model).values():
@@ -209,7 +214,10 @@ def _run(
         _mark(live, base, trainer)
         use_training_point(trainer.optimizer)
         model.train()
-        loss, small = _in_phases(live, trainer), blank_batch((_SMALL,), _SMALL - 1).to(device)
+        loss, small = (
+            _in_phases(live, trainer),
+            blank_batch((_SMALL, _SMALL), 2 * _SMALL - 2, config.finetuning.stage == "rm").to(device),
+        )
         trainer.updater.update([small], loss, 1)  # makes the optimizer's state
         state = Counter({"optimizer": live.live["optimizer"]})
         live.peaks.clear()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.data.heaviest import Cost, blank_batch, heaviest
+from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import make_loader, planned_updates
 from tunesmith.data.prepare import data_seed
 from tunesmith.data.selection import Examples
@@ -128,7 +129,9 @@ class Decision:
     said: str = ""
 
 
-def decide(config: RunConfig, trainer: type[PeftTrainer], rows: Examples | ExampleStream, device: torch.device) -> Decision:
+def decide(
+    config: RunConfig, trainer: type[PeftTrainer], rows: Examples | Rows[Any] | ExampleStream, device: torch.device
+) -> Decision:
     """Whether to recompute activations and to try the largest batch beforehand.
 
     Raises:
@@ -199,20 +202,21 @@ def _with_changes(config: RunConfig, trainer: type[PeftTrainer], plan: MemoryPla
 
 def _alternatives(config: RunConfig, batch: Batch) -> Iterator[tuple[str, RunConfig, Batch]]:
     training, tuning, lengths = config.training, config.finetuning, batch.lengths
+    pairs = tuning.stage == "rm"
     if training.gradient_checkpointing is not True:
         yield "gradient_checkpointing: true", _with(config, gradient_checkpointing=True), batch
     size = training.per_device_train_batch_size
     if size > 1:
         half = max(size // 2, 1)
         steps = training.gradient_accumulation_steps * size // half
-        kept = sorted(lengths)[-half:]
+        kept = sorted(lengths)[-max(len(lengths) * half // size, 1) :]
         changed = _with(config, per_device_train_batch_size=half, gradient_accumulation_steps=steps)
-        fewer = blank_batch(kept, batch.num_targets * sum(kept) // sum(lengths))
+        fewer = blank_batch(kept, batch.num_targets * sum(kept) // sum(lengths), pairs)
         yield f"per_device_train_batch_size: {half} and gradient_accumulation_steps: {steps}", changed, fewer
     if max(lengths) > 64:
         cut = max(lengths) // 2
         shorter = [min(length, cut) for length in lengths]
-        yield f"cutoff_len: {cut}", config, blank_batch(shorter, batch.num_targets * sum(shorter) // sum(lengths))
+        yield f"cutoff_len: {cut}", config, blank_batch(shorter, batch.num_targets * sum(shorter) // sum(lengths), pairs)
     if tuning.finetuning_type == "full":
         yield "finetuning_type: lora", config.model_copy(update={"finetuning": _as_lora(config)}), batch
     if tuning.finetuning_type == "lora" and config.model.quantization_bit is None:
@@ -237,7 +241,7 @@ def _available(device: torch.device) -> int | None:
 # ---- which batch, and how much it needs at most
 
 
-def heaviest_batch(config: RunConfig, rows: Examples | ExampleStream) -> Batch:
+def heaviest_batch(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream) -> Batch:
     """The micro-batch of the run that needs most memory."""
     data = config.data
     capacity = data.cutoff_len if data.packing else None

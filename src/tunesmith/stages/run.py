@@ -12,16 +12,19 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
+from tunesmith.data.kinds import PAIR, Rows
 from tunesmith.data.named import use_template
-from tunesmith.data.prepare import load_examples
+from tunesmith.data.prepare import load_examples, target_of
+from tunesmith.data.prepare import load_rows as load_kind
 from tunesmith.data.report import DataReport
 from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream, load_stream
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError
-from tunesmith.model.adapter import count_parameters, recompute_activations, save_finished, stop_at
+from tunesmith.model.adapter import count_parameters, recompute_activations, save_finished, set_head, stop_at
 from tunesmith.model.forward import FlatForward
+from tunesmith.model.heads import head_width, starting_head
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import Line, line_of
 from tunesmith.model.load import load_base_model, prepare_flat
@@ -34,6 +37,7 @@ from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.stages.plan import decide
 from tunesmith.stages.pretrain import PretrainPeftTrainer
+from tunesmith.stages.rm import PairwisePeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
 from tunesmith.train.checkpoint import write_json
@@ -51,8 +55,9 @@ from tunesmith.train.runfolder import (
     write_results,
 )
 from tunesmith.train.trainer import Ingredients, PeftTrainer
+from tunesmith.types import PairExample
 
-TRAINERS: dict[str, type[PeftTrainer]] = {"pt": PretrainPeftTrainer, "sft": Seq2SeqPeftTrainer}
+TRAINERS: dict[str, type[PeftTrainer]] = {"pt": PretrainPeftTrainer, "sft": Seq2SeqPeftTrainer, "rm": PairwisePeftTrainer}
 """Stage -> trainer."""
 
 
@@ -89,8 +94,9 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     trainable, total = count_parameters(forward.model)
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
-    output, reason = find_output(forward, dtype)
-    if output is None:
+    scores = config.finetuning.stage == "rm"
+    output, reason = (None, "") if scores else find_output(forward, dtype)
+    if output is None and not scores:
         reporter.note(f"note: losses are computed from all logits of this model: {reason}")
     given = Ingredients(
         forward=forward,
@@ -137,7 +143,7 @@ def _tokenizer(config: RunConfig, line: Line, reporter: Reporter) -> PreTrainedT
     return tokenizer
 
 
-def _longest(config: RunConfig, *sets: Examples | ExampleStream | None) -> int:
+def _longest(config: RunConfig, *sets: Examples | Rows[PairExample] | ExampleStream | None) -> int:
     """Tokens of the longest row; of a stream, the most that there can be."""
     known = [int(rows.lengths.max()) for rows in sets if not isinstance(rows, ExampleStream | None)]
     return max([*known, config.data.cutoff_len] if config.data.streaming else known)
@@ -160,6 +166,9 @@ def _model(
     segments = prepare_flat(base, args, longest)
     rows = trainable_rows(base, added_token_ids(args, tokenizer))
     model = init_adapter(base, config.finetuning, name, line, rows)
+    if config.finetuning.stage == "rm":
+        folders = [locate(args).path, *(ancestor.path for ancestor in line.ancestors)]
+        set_head(model, starting_head(folders, head_width(base)))
     forward = FlatForward(model, segments, config.training.neftune_noise_alpha)
     install_lora_kernel(forward, dtype)
     return forward, attention
@@ -167,12 +176,14 @@ def _model(
 
 def load_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport
-) -> tuple[Examples | ExampleStream, Examples | None]:
-    """(train, eval) rows of a configuration, stored or streamed.
+) -> tuple[Examples | Rows[PairExample] | ExampleStream, Examples | Rows[PairExample] | None]:
+    """(train, eval) rows of a configuration, as its stage needs them, stored or streamed.
 
     Raises:
         DataError, TemplateError: data or tokenizer cannot be used.
     """
+    if target_of(config) == PAIR.name:
+        return load_kind(config, tokenizer, report, PAIR)
     return (load_stream if config.data.streaming else load_examples)(config, tokenizer, report)
 
 
@@ -227,7 +238,7 @@ def with_date(config: RunConfig, resumed: Path | None) -> RunConfig:
 def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
     state, given = trainer.state, trainer.given
     existing = files_in(folder)
-    if config.finetuning.stage != "pt":
+    if config.finetuning.stage == "sft":
         stop_at(trainer.model, ChatTemplate(given.tokenizer, config.data.template_date).end_ids)
     save_finished(trainer.model, folder)
     given.tokenizer.save_pretrained(folder)

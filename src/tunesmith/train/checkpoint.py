@@ -43,6 +43,7 @@ class TrainerState:
         best_metric: lowest evaluation loss so far.
         best_step: the step at which it was seen.
         loss_sum, loss_count: losses since the last log line.
+        metrics: name -> (sum, count) of what the stage measures besides, since then.
         elapsed: seconds of training, earlier runs included.
         inputs: what must not change between a run and its continuation: key -> value.
     """
@@ -56,6 +57,7 @@ class TrainerState:
     best_step: int | None = None
     loss_sum: float = 0.0
     loss_count: float = 0.0
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
     elapsed: float = 0.0
     inputs: dict[str, Any] = field(default_factory=dict)
 

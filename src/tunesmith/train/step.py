@@ -7,8 +7,8 @@ micro-batches, or rows of uneven length, never changes the objective.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class StepResult:
         count: terms in that sum; ``loss_sum / count`` is the loss.
         grad_norm: L2 norm of the gradient of the mean loss, before clipping.
         num_tokens: real tokens computed.
+        metrics: name -> (sum, count) of whatever the stage measures besides.
         skipped: True when fp16 overflowed and the update was left out.
     """
 
@@ -36,6 +37,7 @@ class StepResult:
     count: float
     grad_norm: float
     num_tokens: int
+    metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     skipped: bool = False
 
 
@@ -69,22 +71,24 @@ class Updater:
             NonFiniteError: the loss or gradient is not finite; nothing has been updated.
         """
         count = math.fsum(batch.total_weight for batch in window)
-        losses = torch.stack([self._accumulate(batch, compute_loss, count) for batch in window]).tolist()
+        outputs = [self._accumulate(batch, compute_loss, count) for batch in window]
+        losses = torch.stack([output.sum for output in outputs]).tolist()
         for loss, batch in zip(losses, window, strict=True):
             if not math.isfinite(loss):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise NonFiniteError(f"step {step}: the loss is {loss}; nothing was updated. Rows: {_rows([batch])}")
         grad_norm = self._apply(step, window)
         tokens = sum(batch.num_tokens for batch in window)
-        return StepResult(math.fsum(losses), count, grad_norm, tokens, not math.isfinite(grad_norm))
+        metrics = add_metrics(*(output.metrics for output in outputs))
+        return StepResult(math.fsum(losses), count, grad_norm, tokens, metrics, not math.isfinite(grad_norm))
 
-    def _accumulate(self, batch: Batch, compute_loss: ComputeLoss, count: float) -> torch.Tensor:
-        """Add the gradient of the batch's share in a mean over ``count`` terms; returns its summed loss."""
+    def _accumulate(self, batch: Batch, compute_loss: ComputeLoss, count: float) -> LossOutput:
+        """Add the gradient of the batch's share in a mean over ``count`` terms."""
         output = compute_loss(batch)
         assert output.count == batch.total_weight, (output.count, batch.total_weight)
         mean = output.sum / count
         (self.scaler.scale(mean) if self.scaler else mean).backward()
-        return output.sum.detach()
+        return replace(output, sum=output.sum.detach())
 
     def rehearse(self, batch: Batch, compute_loss: ComputeLoss, accumulates: bool) -> None:
         """Forward and backward of a batch for the memory that they take; gradients and random numbers are as before.
@@ -125,6 +129,25 @@ class Updater:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def add_metrics(*parts: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """Sums and counts of several batches, added by name.
+
+    Example:
+        ``{"a": (1.0, 2)}`` and ``{"a": (2.0, 3)}`` -> ``{"a": (3.0, 5)}``.
+    """
+    total: dict[str, tuple[float, int]] = {}
+    for part in parts:
+        for name, (value, number) in part.items():
+            before = total.get(name, (0.0, 0))
+            total[name] = (before[0] + value, before[1] + number)
+    return total
+
+
+def means(metrics: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Name -> mean."""
+    return {name: value / number for name, (value, number) in metrics.items()}
 
 
 def _rows(window: Sequence[Batch]) -> str:

@@ -21,6 +21,7 @@ from tunesmith.config.arguments import FinetuningArguments, TrainingArguments
 from tunesmith.config.optimizers import read_options
 from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
+from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import StreamLoader, Window, make_loader, planned_updates
 from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream
@@ -45,8 +46,8 @@ from tunesmith.train.optimizer import build_optimizer, build_schedule, optimizer
 from tunesmith.train.progress import Reporter
 from tunesmith.train.runfolder import DATA_REPORT, FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
-from tunesmith.train.step import StepResult, Updater
-from tunesmith.types import Batch, LossOutput
+from tunesmith.train.step import StepResult, Updater, add_metrics, means
+from tunesmith.types import Batch, LossOutput, PairExample
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Ingredients:
 
     forward: FlatForward
     tokenizer: PreTrainedTokenizerBase
-    train_examples: Examples | ExampleStream
-    eval_examples: Examples | None
+    train_examples: Examples | Rows[PairExample] | ExampleStream
+    eval_examples: Examples | Rows[PairExample] | None
     device: torch.device
     compute_dtype: torch.dtype
     run: Path
@@ -223,6 +224,7 @@ class PeftTrainer:
         state.step += 1
         state.loss_sum += result.loss_sum
         state.loss_count += result.count
+        state.metrics = add_metrics(state.metrics, result.metrics)
         return result
 
     def _rehearse(self, batch: Batch) -> None:
@@ -274,11 +276,9 @@ class PeftTrainer:
                 output = self.prediction_step(batch.to(self.given.device))
             loss_sum += output.sum.item()
             count += output.count
-            for name, (value, number) in output.metrics.items():
-                before = sums.get(name, (0.0, 0))
-                sums[name] = (before[0] + value, before[1] + number)
+            sums = add_metrics(sums, output.metrics)
         self.model.train()
-        return {"eval_loss": loss_sum / count, **{f"eval_{name}": s / n for name, (s, n) in sums.items()}}
+        return {"eval_loss": loss_sum / count, **{f"eval_{name}": mean for name, mean in means(sums).items()}}
 
     def _evaluate(self, log: RunLog) -> bool:
         with averaged(self.optimizer):
@@ -298,6 +298,7 @@ class PeftTrainer:
             log,
             {
                 "loss": state.loss_sum / state.loss_count,
+                **means(state.metrics),
                 "learning_rate": rate,
                 "grad_norm": None if result.skipped else result.grad_norm,
                 "num_tokens": result.num_tokens,
@@ -306,7 +307,7 @@ class PeftTrainer:
                 "remaining_time": _clock(pace * (state.total_steps - state.step)),
             },
         )
-        state.loss_sum, state.loss_count = 0.0, 0
+        state.loss_sum, state.loss_count, state.metrics = 0.0, 0, {}
 
     def _write(self, log: RunLog, values: dict[str, Any]) -> None:
         state = self.state
