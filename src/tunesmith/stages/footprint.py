@@ -214,10 +214,8 @@ def _run(
         _mark(live, base, trainer)
         use_training_point(trainer.optimizer)
         model.train()
-        loss, small = (
-            _in_phases(live, trainer),
-            blank_batch((_SMALL, _SMALL), 2 * _SMALL - 2, config.finetuning.stage == "rm").to(device),
-        )
+        pairs = config.finetuning.stage == "rm"
+        loss, small = _in_phases(live, trainer), blank_batch((_SMALL, _SMALL), 2 * _SMALL - 2, pairs).to(device)
         trainer.updater.update([small], loss, 1)  # makes the optimizer's state
         state = Counter({"optimizer": live.live["optimizer"]})
         live.peaks.clear()
