@@ -23,6 +23,7 @@ _PUBLIC = {
     "ModelArguments": "tunesmith.config.arguments",
     "NamedTemplate": "tunesmith.data.named",
     "PairwiseDataCollatorWithPadding": "tunesmith.data.padding",
+    "PairwisePeftTrainer": "tunesmith.stages.rm",
     "PeftTrainer": "tunesmith.train.trainer",
     "PretrainPeftTrainer": "tunesmith.stages.pretrain",
     "Seq2SeqPeftTrainer": "tunesmith.stages.sft",

@@ -156,11 +156,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class PairExample:
-    """Two tokenised answers to one prompt; each holds the prompt, unsupervised."""
+    """Two tokenised answers to one prompt; each holds the prompt, unsupervised.
+
+    Attributes:
+        chosen, rejected: the better and the worse one.
+        source: the row they were made from.
+        reference: log-probabilities of both answers under a reference model, where a loss needs them.
+    """
 
     chosen: Example
     rejected: Example
     source: Source
+    reference: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -208,7 +215,9 @@ class Batch:
         lengths: tokens of each example; sums to ``T``.
         sources: the rows, in the order of ``lengths``.
         weights_S: float32 ``[S]``, factor of each token's loss; None: all 1.
-        total_weight: sum of the weights, what a token-level loss is divided by.
+        total_weight: sum of the weights, what a token-level loss is divided by; of pairs, their number.
+        reference_2P: float32 ``[2, P]``, log-probabilities of the better and of the worse answers of ``P`` pairs under a
+            reference model; None: not needed.
     """
 
     input_ids_T: torch.Tensor
@@ -219,6 +228,7 @@ class Batch:
     sources: tuple[Source, ...]
     weights_S: torch.Tensor | None = None
     total_weight: float = 0.0
+    reference_2P: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -239,6 +249,7 @@ class Batch:
             positions_S=self.positions_S.to(device, non_blocking=True),
             targets_S=self.targets_S.to(device, non_blocking=True),
             weights_S=None if self.weights_S is None else self.weights_S.to(device, non_blocking=True),
+            reference_2P=None if self.reference_2P is None else self.reference_2P.to(device, non_blocking=True),
         )
 
 

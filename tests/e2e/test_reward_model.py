@@ -49,14 +49,14 @@ def test_the_better_answer_comes_to_score_higher(rewarding: dict[str, Any], writ
     log = read_log(run)
     before, *_, after = [entry for entry in log if "eval_loss" in entry]
     assert before["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert before["eval_rewards_margin"] == before["eval_accuracy"] == 0
+    assert before["eval_rewards/margins"] == before["eval_accuracy"] == 0
     assert after["eval_loss"] < 0.65
     assert after["eval_accuracy"] >= 0.7
-    assert after["eval_rewards_margin"] == pytest.approx(
-        after["eval_rewards_chosen"] - after["eval_rewards_rejected"], abs=1e-5
+    assert after["eval_rewards/margins"] == pytest.approx(
+        after["eval_rewards/chosen"] - after["eval_rewards/rejected"], abs=1e-5
     )
     steps = [entry for entry in log if "loss" in entry]
-    assert {"accuracy", "rewards_chosen", "rewards_rejected", "rewards_margin"} <= set(steps[-1])
+    assert {"accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins"} <= set(steps[-1])
     scores = [json.loads(line) for line in (run / "eval_scores.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(scores) == 10
     assert sum(s["chosen"] > s["rejected"] for s in scores) / len(scores) == pytest.approx(after["eval_accuracy"])
@@ -90,7 +90,7 @@ def test_stopped_and_continued_is_bit_equal(rewarding: dict[str, Any], write_con
             write_config({**values, "num_train_epochs": 2, "logging_steps": 3, "lr_scheduler_type": "constant", **changes}),
         )
         entries = read_log(Path(values["output_dir"]))
-        return [(e["current_steps"], e["loss"], e["accuracy"], e["rewards_margin"]) for e in entries if "loss" in e]
+        return [(e["current_steps"], e["loss"], e["accuracy"], e["rewards/margins"]) for e in entries if "loss" in e]
 
     unbroken = log("unbroken")
     log("stopped", max_steps=4, save_steps=4)

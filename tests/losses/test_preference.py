@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tunesmith.losses.preference import LOSSES, REFERENCE_FREE, PairLogps, PreferenceOptions, preference_loss
+from tunesmith.config.preferences import PREFERENCE_LOSSES
+from tunesmith.config.preferences import REFERENCE_FREE_LOSSES as REFERENCE_FREE
+from tunesmith.losses.preference import LOSSES, PairLogps, PreferenceOptions, preference_loss
 
 
 def pairs(
@@ -124,3 +126,7 @@ def test_losses_are_added_with_their_weights() -> None:
     options = PreferenceOptions(0.3)
     mixed = preference_loss(made, {"sigmoid": 1.0, "sft": 0.25}, options)
     torch.testing.assert_close(mixed, LOSSES["sigmoid"](made, options) + 0.25 * LOSSES["sft"](made, options))
+
+
+def test_configurations_know_the_same_names() -> None:
+    assert tuple(LOSSES) == PREFERENCE_LOSSES

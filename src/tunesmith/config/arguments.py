@@ -46,6 +46,15 @@ def _null_is_no(value: Any) -> Any:
 When = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_bare_no)]
 """When to do something. YAML reads a bare ``no`` as false; both are understood."""
 
+
+def _weighted(value: Any) -> Any:
+    """``sigmoid`` or ``sigmoid: 1, sft: 0.2`` -> name -> weight."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.partition(":") for part in value.split(",") if part.strip()]
+    return {name.strip(): weight.strip() if colon else 1.0 for name, colon, weight in parts}
+
+
 NameList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 """A list of names; a YAML list or one string with commas."""
 
@@ -270,10 +279,25 @@ DataTrainingArguments = DataArguments
 class FinetuningArguments(Arguments):
     """What is trained."""
 
-    stage: Literal["pt", "sft", "rm"] = Field(
+    stage: Literal["pt", "sft", "rm", "dpo"] = Field(
         "sft",
         description="Training stage. pt: pretraining on plain text. sft: supervised fine-tuning on dialogues. rm: reward model "
-        "on preference pairs.",
+        "on preference pairs. dpo: preference pairs learned directly (see pref_loss).",
+    )
+    pref_loss: Annotated[dict[str, float], BeforeValidator(_weighted)] = Field(
+        {"sigmoid": 1.0},
+        description="dpo: loss, or several with their weights (sigmoid: 1, sft: 0.2). Names: see the guide.",
+    )
+    pref_beta: float = Field(0.1, gt=0, description="dpo: strength of the loss; how far from the reference.")
+    pref_ftx: float = Field(0.0, ge=0, description="dpo: weight of the chosen answer's own loss (-log p, its tokens' mean).")
+    dpo_label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: share of pairs that are labelled wrongly.")
+    simpo_gamma: float = Field(0.5, ge=0, description="dpo: margin of pref_loss: simpo.")
+    discopop_tau: float = Field(0.05, gt=0, description="dpo: temperature of pref_loss: discopop.")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="dpo: weight of the tokens by which one answer is longer than the other (LD-DPO)."
+    )
+    ref_model: str | None = Field(
+        None, description="dpo: reference model (folder, hub id or run); the model as training begins if unset."
     )
     reward_centering: float = Field(
         0.0, ge=0, description="rm: factor of (r_chosen + r_rejected)^2, which keeps rewards around 0 (0.01 is usual)."

@@ -13,6 +13,7 @@ from tunesmith.config.arguments import (
     TrainingArguments,
 )
 from tunesmith.config.optimizers import OPTIMIZERS, missing_library, read_options, unheeded
+from tunesmith.config.preferences import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, SMOOTHED_LOSSES
 from tunesmith.config.reward import REWARD_KEYS
 
 NO_EFFECT = {
@@ -230,18 +231,52 @@ def _learning_rules(data: DataArguments, finetuning: FinetuningArguments) -> Ite
         yield "train_on_prompt", "learns all of a row, mask_history only its last assistant turn; keep one of the two"
 
 
+_OF_STAGE = {
+    "rm": ("reward_centering",),
+    "dpo": (
+        "pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "discopop_tau", "ld_alpha", "ref_model",
+    ),
+}  # fmt: skip
+
+
+def _preference_rules(finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    weights = finetuning.pref_loss
+    if unknown := [name for name in weights if name not in PREFERENCE_LOSSES]:
+        yield "pref_loss", f"no loss named {', '.join(unknown)}; there are {', '.join(PREFERENCE_LOSSES)}"
+        return
+    if not any(weights.values()) or any(weight < 0 for weight in weights.values()):
+        yield "pref_loss", "weights must not be negative, and one must be above 0"
+    if "exo_pair" in weights and not finetuning.dpo_label_smoothing:
+        yield "dpo_label_smoothing", "exo_pair needs a share above 0, e.g. 0.001"
+    if finetuning.dpo_label_smoothing and not set(weights) & SMOOTHED_LOSSES:
+        yield "dpo_label_smoothing", f"has no meaning with {', '.join(weights)}; remove the key"
+    for key, name in (("simpo_gamma", "simpo"), ("discopop_tau", "discopop")):
+        if getattr(finetuning, key) != _default(finetuning, key) and name not in weights:
+            yield key, f"belongs to pref_loss: {name}; remove the key"
+    if finetuning.ref_model is not None and set(weights) <= REFERENCE_FREE_LOSSES:
+        yield "ref_model", f"{', '.join(weights)} need no reference; remove the key"
+
+
 def _stage_rules(
     data: DataArguments, finetuning: FinetuningArguments, training: TrainingArguments | None
 ) -> Iterator[tuple[str, str]]:
-    if finetuning.stage != "rm":
-        if finetuning.reward_centering:
-            yield "reward_centering", f"has no meaning with stage: {finetuning.stage}, only with stage: rm; remove the key"
+    stage = finetuning.stage
+    for other, keys in _OF_STAGE.items():
+        for key in keys if other != stage else ():
+            if getattr(finetuning, key) != _default(finetuning, key):
+                yield key, f"has no meaning with stage: {stage}, only with stage: {other}; remove the key"
+    if stage == "dpo":
+        yield from _preference_rules(finetuning)
+    if stage not in ("rm", "dpo"):
         return
     if data.packing:
-        yield "packing", "pairs are not packed in stage rm; rows are computed without padding all the same. Remove the key"
+        yield (
+            "packing",
+            f"pairs are not packed in stage {stage}, and nothing is padded all the same; remove the key",
+        )
     if data.streaming:
-        yield "streaming", "stage rm reads prepared pairs; remove the key"
-    if training is not None and training.sample_prompts:
+        yield "streaming", f"stage {stage} reads prepared pairs; remove the key"
+    if stage == "rm" and training is not None and training.sample_prompts:
         yield "sample_prompts", "a reward model answers nothing; remove the key"
 
 

@@ -19,7 +19,9 @@ def collate(examples: Sequence[Example] | Sequence[PairExample]) -> Batch:
     pairs = [example for example in examples if isinstance(example, PairExample)]
     if pairs:
         both = _join([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
-        return replace(both, total_weight=float(len(pairs)))
+        known = [pair.reference for pair in pairs if pair.reference is not None]
+        assert len(known) in (0, len(pairs)), "some pairs have no reference"
+        return replace(both, total_weight=float(len(pairs)), reference_2P=torch.tensor(known).T if known else None)
     return _join([example for example in examples if isinstance(example, Example)])
 
 

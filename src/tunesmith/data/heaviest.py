@@ -104,7 +104,7 @@ def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False) -> Ba
     if not pairs:
         return collate(rows)
     count = len(rows) // 2
-    return collate([PairExample(a, b, a.source) for a, b in zip(rows[:count], rows[count:], strict=True)])
+    return collate([PairExample(a, b, a.source, (0.0, 0.0)) for a, b in zip(rows[:count], rows[count:], strict=True)])
 
 
 def _shares(lengths: Sequence[int], targets: int) -> Iterator[int]:

@@ -264,3 +264,10 @@ def planned_updates(loader: DataLoader | StreamLoader, args: TrainingArguments) 
         return args.max_steps
     assert isinstance(loader, DataLoader), "rules ask for max_steps where rows are streamed"
     return ceil(args.num_train_epochs * len(loader))
+
+
+def visited(loader: DataLoader, updates: int) -> np.ndarray:
+    """Numbers of the units that so many updates come to, int64."""
+    if updates >= len(loader):
+        return np.arange(len(loader.units))
+    return np.sort(loader.order(0)[: updates * loader.batch_size * loader.accumulation])

@@ -289,9 +289,6 @@ LOSSES: Mapping[str, PairLoss] = {
 }  # fmt: skip
 """Name -> loss."""
 
-REFERENCE_FREE = frozenset({"orpo", "simpo", "cpo", "sft"})
-"""Losses that look at the model alone."""
-
 
 def preference_loss(pairs: PairLogps, weights: Mapping[str, float], options: PreferenceOptions) -> torch.Tensor:
     """Sum of losses, each with its weight.

@@ -21,6 +21,7 @@ from tunesmith.config.arguments import RunConfig
 from tunesmith.data.heaviest import blank_batch
 from tunesmith.data.learned import Learned
 from tunesmith.data.memory import RowsInMemory
+from tunesmith.data.prepare import TARGETS
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import attention
 from tunesmith.model.adapter import head_of, recompute_activations, set_head, trainable_parameters
@@ -214,7 +215,7 @@ def _run(
         _mark(live, base, trainer)
         use_training_point(trainer.optimizer)
         model.train()
-        pairs = config.finetuning.stage == "rm"
+        pairs = TARGETS[config.finetuning.stage] == "pair"
         loss, small = _in_phases(live, trainer), blank_batch((_SMALL, _SMALL), 2 * _SMALL - 2, pairs).to(device)
         trainer.updater.update([small], loss, 1)  # makes the optimizer's state
         state = Counter({"optimizer": live.live["optimizer"]})

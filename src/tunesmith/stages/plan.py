@@ -14,7 +14,7 @@ from tunesmith.config.arguments import RunConfig
 from tunesmith.data.heaviest import Cost, blank_batch, heaviest
 from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import make_loader, planned_updates
-from tunesmith.data.prepare import data_seed
+from tunesmith.data.prepare import TARGETS, data_seed
 from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream
 from tunesmith.errors import ModelError, OutOfMemoryError
@@ -202,7 +202,7 @@ def _with_changes(config: RunConfig, trainer: type[PeftTrainer], plan: MemoryPla
 
 def _alternatives(config: RunConfig, batch: Batch) -> Iterator[tuple[str, RunConfig, Batch]]:
     training, tuning, lengths = config.training, config.finetuning, batch.lengths
-    pairs = tuning.stage == "rm"
+    pairs = TARGETS[tuning.stage] == "pair"
     if training.gradient_checkpointing is not True:
         yield "gradient_checkpointing: true", _with(config, gradient_checkpointing=True), batch
     size = training.per_device_train_batch_size
@@ -248,7 +248,8 @@ def heaviest_batch(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream
     loader = make_loader(rows, config.training, data_seed(config), not data.disable_shuffling, capacity)
     text = _settings(config)
     cost = Cost(_token_bytes(text), 8.0 * text.hidden_size, padded=config.model.attn_implementation != "auto")
-    return heaviest(loader, planned_updates(loader, config.training), cost, data.cutoff_len)
+    batch = heaviest(loader, planned_updates(loader, config.training), cost, data.cutoff_len)
+    return replace(batch, reference_2P=torch.zeros(2, round(batch.total_weight))) if isinstance(rows, Rows) else batch
 
 
 def _settings(config: RunConfig) -> PreTrainedConfig:

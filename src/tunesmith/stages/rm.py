@@ -55,6 +55,6 @@ class PairwisePeftTrainer(PeftTrainer):
         losses_P = pairwise_loss(chosen_P, rejected_P, self.given.finetuning.reward_centering)
         chosen, rejected = chosen_P.detach(), rejected_P.detach()
         sums = torch.stack([(chosen > rejected).float().sum(), chosen.sum(), rejected.sum()]).tolist()
-        named = dict(zip(("accuracy", "rewards_chosen", "rewards_rejected"), sums, strict=True))
-        named["rewards_margin"] = sums[1] - sums[2]
+        named = dict(zip(("accuracy", "rewards/chosen", "rewards/rejected"), sums, strict=True))
+        named["rewards/margins"] = sums[1] - sums[2]
         return LossOutput(losses_P.sum(), float(count), {name: (value, count) for name, value in named.items()})

@@ -35,8 +35,10 @@ from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
+from tunesmith.stages.dpo import PreferencePeftTrainer
 from tunesmith.stages.plan import decide
 from tunesmith.stages.pretrain import PretrainPeftTrainer
+from tunesmith.stages.reference import referenced
 from tunesmith.stages.rm import PairwisePeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
@@ -57,7 +59,12 @@ from tunesmith.train.runfolder import (
 from tunesmith.train.trainer import Ingredients, PeftTrainer
 from tunesmith.types import PairExample
 
-TRAINERS: dict[str, type[PeftTrainer]] = {"pt": PretrainPeftTrainer, "sft": Seq2SeqPeftTrainer, "rm": PairwisePeftTrainer}
+TRAINERS: dict[str, type[PeftTrainer]] = {
+    "pt": PretrainPeftTrainer,
+    "sft": Seq2SeqPeftTrainer,
+    "rm": PairwisePeftTrainer,
+    "dpo": PreferencePeftTrainer,
+}
 """Stage -> trainer."""
 
 
@@ -119,6 +126,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         },
         heaviest=memory.rehearsed,
     )
+    if config.finetuning.stage == "dpo":
+        given = referenced(config, given, line)
     return trainer(config.training, given), report
 
 
@@ -238,7 +247,7 @@ def with_date(config: RunConfig, resumed: Path | None) -> RunConfig:
 def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
     state, given = trainer.state, trainer.given
     existing = files_in(folder)
-    if config.finetuning.stage == "sft":
+    if config.finetuning.stage in ("sft", "dpo"):
         stop_at(trainer.model, ChatTemplate(given.tokenizer, config.data.template_date).end_ids)
     save_finished(trainer.model, folder)
     given.tokenizer.save_pretrained(folder)

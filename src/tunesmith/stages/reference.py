@@ -1,0 +1,216 @@
+"""Log-probabilities of both answers of pairs under a reference model: computed once, before the first update, and kept on disk.
+
+The reference is the model as training begins, earlier adapters and trained weights included, or another one that is named.
+Either way no second model is in memory while training runs, and in a second epoch or a second run nothing is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tunesmith.config.arguments import ModelArguments, RunConfig
+from tunesmith.config.paths import cache_root
+from tunesmith.config.preferences import REFERENCE_FREE_LOSSES
+from tunesmith.data.collator import collate
+from tunesmith.data.kinds import Rows
+from tunesmith.data.loader import DataLoader, make_loader, planned_updates, visited
+from tunesmith.data.prepare import data_seed
+from tunesmith.data.source import file_sha
+from tunesmith.errors import DataError, ModelError, NonFiniteError
+from tunesmith.model.forward import FlatForward
+from tunesmith.model.lineage import Line
+from tunesmith.model.load import load_base_model, prepare_flat
+from tunesmith.model.output import find_output
+from tunesmith.model.source import locate
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.stages.pairs import answer_logps
+from tunesmith.stages.scores import batch_logprobs
+from tunesmith.train.progress import Reporter
+from tunesmith.train.trainer import Ingredients
+from tunesmith.types import PairExample
+
+_SAVED_EVERY = 64
+"""Batches after which what has been computed is written."""
+
+
+class ReferencedPairs(Rows[PairExample]):
+    """Pairs with their reference log-probabilities.
+
+    Args:
+        rows: the pairs.
+        table: float32 ``[N, 2]``; not a number where it was not asked for.
+    """
+
+    def __init__(self, rows: Rows[PairExample], table: np.ndarray) -> None:
+        assert table.shape == (len(rows), 2), (table.shape, len(rows))
+        super().__init__(rows.selection, rows.kind)
+        self.table = table
+
+    def item(self, index: int) -> PairExample:
+        """A pair."""
+        chosen, rejected = self.table[index].tolist()
+        assert not math.isnan(chosen), f"pair {index} has no reference"
+        return replace(super().item(index), reference=(chosen, rejected))
+
+
+def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients:
+    """The ingredients with pairs that know what the reference says of them, where the losses of a run ask for it.
+
+    Args:
+        config: of the run, of a stage that learns pairs.
+        given: the model as training begins.
+        line: what it goes on from.
+
+    Raises:
+        ModelError: ``ref_model`` cannot be loaded.
+        DataError, NonFiniteError: as ``with_reference``.
+    """
+    tuning, training, train = config.finetuning, config.training, given.train_examples
+    if set(tuning.pref_loss) <= REFERENCE_FREE_LOSSES:
+        return given
+    assert isinstance(train, Rows)
+    loader = make_loader(train, training, data_seed(config), given.shuffle, None)
+    assert isinstance(loader, DataLoader)
+    size = training.per_device_train_batch_size
+    reference = Reference(
+        _answering(config, given, int(train.lengths.max())), _facts(config, given, line), tuning.ld_alpha, size
+    )
+    needed = visited(loader, planned_updates(loader, training))
+    pairs = with_reference(train, needed, reference, given.reporter)
+    held_out = given.eval_examples
+    if isinstance(held_out, Rows):
+        held_out = with_reference(held_out, np.arange(len(held_out)), reference, given.reporter)
+    return replace(given, train_examples=pairs, eval_examples=held_out)
+
+
+def _answering(config: RunConfig, given: Ingredients, longest: int) -> Ingredients:
+    """The model as it is, or the one that is named, for as long as it is asked."""
+    name = config.finetuning.ref_model
+    if name is None:
+        return given
+    args = _reference_args(config)
+    given.reporter.note(f"reference: {name}")
+    tokenizer = load_tokenizer(args)
+    if tokenizer.get_vocab() != given.tokenizer.get_vocab():
+        own = config.model.model_name_or_path
+        raise ModelError(f"ref_model: {name} has other tokens than {own}; take a model with the same tokenizer")
+    model = load_base_model(args, given.compute_dtype, given.device, tokenizer)
+    forward = FlatForward(model, prepare_flat(model, args, longest))
+    return replace(given, forward=forward, output=find_output(forward, given.compute_dtype)[0])
+
+
+def _reference_args(config: RunConfig) -> ModelArguments:
+    other = {"model_name_or_path": config.finetuning.ref_model, "checkpoint_dir": (), "quantization_bit": None}
+    return config.model.model_copy(update=other)
+
+
+def _facts(config: RunConfig, given: Ingredients, line: Line) -> dict[str, object]:
+    """What the reference's answers depend on."""
+    named = config.finetuning.ref_model is not None
+    args = _reference_args(config) if named else line.on(config.model)
+    source = locate(args)
+    folders = [source.path, *([source.adapter] if source.adapter else []), *([] if named else [a.path for a in line.ancestors])]
+    start = {} if named else {key: getattr(config.finetuning, key) for key in ("finetuning_type", "pissa_init", "lora_rank")}
+    return {
+        "weights": [file_sha(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))],
+        "tokens": [args.add_tokens, args.add_special_tokens],
+        "quantisation": [args.quantization_bit, args.quantization_type, args.double_quantization],
+        "dtype": str(given.compute_dtype),
+        "segments": given.forward.segments,
+        **start,
+    }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Who answers.
+
+    Attributes:
+        given: the reference model, ready for flat batches.
+        facts: all that its answers depend on beside the rows.
+        ld_alpha: share of the tokens by which one answer is longer (see ``answer_logps``).
+        batch_size: pairs in a batch.
+    """
+
+    given: Ingredients
+    facts: dict[str, object]
+    ld_alpha: float | None
+    batch_size: int
+
+
+def with_reference(rows: Rows[PairExample], needed: np.ndarray, reference: Reference, reporter: Reporter) -> ReferencedPairs:
+    """The pairs with the reference's log-probabilities.
+
+    Args:
+        rows: the pairs.
+        needed: numbers of those that will be asked for.
+        reference: who answers.
+        reporter: told how far it is.
+
+    Raises:
+        DataError: what was computed cannot be written.
+        NonFiniteError: the reference gives a log-probability that is not finite.
+    """
+    key = json.dumps([rows.fingerprint(), reference.facts, reference.ld_alpha], sort_keys=True, default=str)
+    file = cache_root() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    table = _read(file, len(rows))
+    missing = needed[np.isnan(table[needed]).any(axis=1)]
+    if len(missing):
+        reporter.note(f"reference: log-probabilities of {len(missing):,} pairs are computed once and kept")
+        for count, _ in enumerate(_compute(rows, missing, reference, table), 1):
+            if count % _SAVED_EVERY == 0:
+                _write(file, table)
+        _write(file, table)
+    return ReferencedPairs(rows, table)
+
+
+@torch.no_grad()
+def _compute(rows: Rows[PairExample], missing: np.ndarray, reference: Reference, table: np.ndarray) -> Iterator[None]:
+    """Fill the table, the longest pairs first; yields after each batch."""
+    model, given = reference.given.forward.model, reference.given
+    order: Sequence[int] = missing[np.argsort(-rows.lengths[missing], kind="stable")].tolist()
+    training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(order), reference.batch_size):
+            chosen = order[begin : begin + reference.batch_size]
+            batch = collate([rows[index] for index in chosen]).to(given.device)
+            sums_R, _ = answer_logps(batch, batch_logprobs(given, batch), reference.ld_alpha)
+            if not bool(sums_R.isfinite().all()):
+                where = ", ".join(str(source) for source in batch.sources[: len(chosen)])
+                raise NonFiniteError(f"the reference gives a log-probability that is not finite. Rows: {where}")
+            table[chosen] = torch.stack(sums_R.chunk(2), dim=1).float().cpu().numpy()
+            yield
+    finally:
+        model.train(training)
+
+
+def _read(file: Path, count: int) -> np.ndarray:
+    empty = np.full((count, 2), np.nan, dtype=np.float32)
+    try:
+        found: np.ndarray = load_file(file)["logps"].numpy() if file.is_file() else empty
+    except (OSError, SafetensorError, KeyError):
+        return empty  # made anew
+    return found if found.shape == empty.shape else empty
+
+
+def _write(file: Path, table: np.ndarray) -> None:
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": torch.from_numpy(table)}, scratch)
+        scratch.replace(file)
+    except (OSError, SafetensorError) as error:
+        scratch.unlink(missing_ok=True)
+        raise DataError(f"{file}: cannot be written: {error}; free some space, or set TUNESMITH_HOME to another disk") from None
