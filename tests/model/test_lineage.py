@@ -86,6 +86,15 @@ def test_a_new_adapter_on_top_of_a_merged_one(tiny_model: Path, two: tuple[Path,
     assert torch.equal(logits(model), logits(merged))
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_what_is_merged_into_a_head_leaves_the_embedding_that_it_shares(shared: Path, tmp_path: Path) -> None:
+    base = shared / "models" / "stories260K"
+    first = adapter(base, tmp_path / "first", 1, lora_target="lm_head,q_proj")
+    wanted = logits(PeftModel.from_pretrained(load(base), first).eval())
+    assert load(base).config.tie_word_embeddings
+    torch.testing.assert_close(logits(tuned(base, [first], resume=False)), wanted, atol=1e-4, rtol=1e-5)
+
+
 def test_two_adapters(tiny_model: Path, two: tuple[Path, Path]) -> None:
     assert torch.equal(logits(tuned(tiny_model, two)), logits(by_hand(tiny_model, two)))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -69,6 +70,21 @@ def test_flash_attn_means_attn_implementation(settings: Any, write_config: Any, 
     assert "flash_attn: fa2 is not used here; attn_implementation: auto computes rows end to end" in done.stdout
     done = tunesmith("check", write_config({**settings, "flash_attn": value, "attn_implementation": "sdpa"}), check=False)
     assert "says the same as attn_implementation" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_end_is_merged_into_that_end_alone(shared: Path, tmp_path: Path, layer: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260K", dtype=torch.float32).eval()
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=[layer]))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * parameter.requires_grad
+            )
+        tuned.save_pretrained(tmp_path, save_embedding_layers=False)
+        ids = torch.arange(3, 43)[None]
+        torch.testing.assert_close(load_pretrained(args(tmp_path))[0](ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-5)
 
 
 def test_an_end_token_is_found(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

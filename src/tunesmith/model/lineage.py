@@ -30,6 +30,7 @@ from tunesmith.model.adapter import (
     own_factors,
 )
 from tunesmith.model.files import ADAPTER_CONFIG, CLASSIFIER_HEAD, check_adapter_folder
+from tunesmith.model.into_base import merge_into_base
 
 _CLASSIFIERS = ("classifier", "score")
 """Modules that PEFT saves with the adapter of a sequence classifier."""
@@ -162,9 +163,7 @@ def merge(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Factor
     """The base with an adapter merged into it, and the adapter's factors. Raises ModelError when it does not fit."""
     tuned = with_adapter(model, folder)
     factors = factors_of(tuned, "default", folder)
-    merged = tuned.merge_and_unload()
-    assert isinstance(merged, PreTrainedModel)
-    return merged, factors
+    return merge_into_base(tuned, folder, "export it, and give the export as model_name_or_path"), factors
 
 
 def with_adapter(model: PreTrainedModel, folder: Path, name: str = "default", head: bool = False) -> PeftModel:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.adapter import load_finished
 from tunesmith.model.forward import segments_work
+from tunesmith.model.into_base import merge_into_base
 from tunesmith.model.library import quiet_library
 from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
 from tunesmith.model.quantize import check_foreign, is_quantised, keep_differentiable, missing_library, quantisation
@@ -74,7 +76,10 @@ def load_base_model(
         log.info("%s is merged into its base, %s", source.adapter, source.path)
         own = read_tokenizer(source.tokenizer)
         fit_vocabulary(model, own, _known(own, source, model, args), resize=True)
-        model = load_finished(model, source.adapter).merge_and_unload().to(dtype)  # type: ignore[operator]
+        tuned = load_finished(model, source.adapter)
+        assert isinstance(tuned, PeftModel)
+        merged = merge_into_base(tuned, source.adapter, f"name its base {source.path}")
+        model = merged.to(dtype)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, _known(tokenizer, source, model, args), args.resize_vocab)
         align_special_tokens(model, tokenizer)

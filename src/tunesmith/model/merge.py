@@ -17,6 +17,7 @@ from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model.adapter import load_finished, load_trainable_params
 from tunesmith.model.files import ADAPTER_WEIGHTS
+from tunesmith.model.into_base import is_tied, merge_into_base
 from tunesmith.model.load import load_base_model
 from tunesmith.model.source import locate
 from tunesmith.model.tokenizer import library_error
@@ -77,28 +78,17 @@ def merge_adapter(
     base = load_base_model(args, torch.float32, _CPU, tokenizer)
     for folder in weights:
         load_trainable_params(base, folder)
-    was_tied = _is_tied(base)
+    was_tied = is_tied(base)
     grow_for(base, adapter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has .tie_word_embeddings")  # what it warns of is seen to below
         tuned = load_finished(base, adapter)
     assert isinstance(tuned, PeftModel)
-    if not hasattr(tuned.base_model, "merge_and_unload"):
-        kind = tuned.active_peft_config.peft_type
-        raise ModelError(f"{adapter}: an adapter of the kind {kind} cannot be merged; use --adapter-only")
-    _part_head(base)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model with .tie_word_embeddings")
-            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-            model = tuned.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"{adapter}: cannot be merged: {str(error).splitlines()[0]}; use --adapter-only") from error
-    assert isinstance(model, PreTrainedModel)
+    model = merge_into_base(tuned, adapter, "use --adapter-only")
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{adapter}: {name} is not finite after merging; the run diverged, or the files do not fit")
-    return Merged(model, untied=was_tied and not _tie_again(model))
+    return Merged(model, untied=was_tied and not is_tied(model))
 
 
 def grow_for(model: PreTrainedModel, adapter: Path) -> None:
@@ -113,35 +103,3 @@ def grow_for(model: PreTrainedModel, adapter: Path) -> None:
         raise ModelError(f"{path}: cannot be read: {error}") from None
     if rows and rows[0] != embedding.num_embeddings:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
-
-
-def _ends(model: PreTrainedModel) -> list[Any]:
-    """Embedding and head below whatever wraps them."""
-    found = []
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        while (inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None)) is not None:
-            module = inner
-        found.append(module)
-    return found
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    embedding, head = _ends(model)
-    return head is not None and embedding.weight is head.weight
-
-
-def _part_head(model: PreTrainedModel) -> None:
-    """Give a tied head its own copy, so that what is merged into the one does not reach the other."""
-    embedding, head = _ends(model)
-    if head is not None and embedding.weight is head.weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-
-
-def _tie_again(model: PreTrainedModel) -> bool:
-    """Make the head the embedding again where they are the same; else the configuration says that they are two."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    same = embedding.weight.shape == head.weight.shape and torch.equal(embedding.weight, head.weight)
-    if same:
-        head.weight = embedding.weight
-    model.config.tie_word_embeddings = same
-    return same
