@@ -18,8 +18,10 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapter import load_trainable_params, save_finished, save_trainable, trainable_parameters
 from tunesmith.model.lineage import line_of
 from tunesmith.model.load import load_base_model
+from tunesmith.model.source import locate
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.tuning import init_adapter
+from tunesmith.train.finished import open_finished
 
 IDS = torch.arange(3, 43)[None]
 CPU = torch.device("cpu")
@@ -128,6 +130,61 @@ def test_weights_of_a_freeze_run_go_on(tiny_model: Path, tmp_path: Path) -> None
     loaded = load(tiny_model)
     load_trainable_params(loaded, tmp_path)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_was_trained_on_top_goes_on_with_what_it_lies_on_alone(
+    tiny_model: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    new = tuned(tiny_model, two[:1], resume=False, seed=7)
+    checkpoint, done = tmp_path / "checkpoint", tmp_path / "done"
+    for folder, save in ((checkpoint, save_trainable), (done, save_finished)):
+        folder.mkdir()
+        save(new, folder)
+    torch.testing.assert_close(logits(tuned(tiny_model, [two[0], checkpoint])), logits(new), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(tuned(tiny_model, [done])), logits(new), atol=1e-5, rtol=1e-5)
+    for earlier in ([checkpoint], [two[1], checkpoint]):
+        with pytest.raises(ModelError, match=f"was trained on top of {two[0]}"):
+            tuned(tiny_model, earlier)
+    with pytest.raises(ModelError, match=f"contains {two[0]} already"):
+        tuned(tiny_model, [two[0], done])
+    with pytest.raises(ModelError, match=f"model_name_or_path: .* was trained on top of {two[0]}"):
+        locate(ModelArguments(model_name_or_path=str(checkpoint)))
+    with pytest.raises(ModelError, match=r"RUN: .* was trained on top of"):
+        open_finished(checkpoint)
+
+
+def test_an_adapter_on_weights_of_a_freeze_run_needs_them(tiny_model: Path, tmp_path: Path) -> None:
+    weights, run = tmp_path / "weights", tmp_path / "run"
+    for folder, earlier, values in ((weights, [], {"finetuning_type": "freeze"}), (run, [weights], {"lora_rank": 2})):
+        folder.mkdir()
+        model = tuned(tiny_model, earlier, seed=8, **values)
+        (save_trainable if folder == weights else save_finished)(model, folder)
+    assert torch.equal(logits(tuned(tiny_model, [weights, run])), logits(model))
+    for check in (lambda: tuned(tiny_model, [run]), lambda: locate(ModelArguments(model_name_or_path=str(run)))):
+        with pytest.raises(ModelError, match=f"was trained on top of {weights}"):
+            check()
+
+
+def test_pissa_leaves_out_what_could_not_be_saved(shared: Path, tmp_path: Path) -> None:
+    base = shared / "models" / "stories260K"
+    for values in ({"lora_target": "embed_tokens"}, {"lora_target": ".*lm_head"}, {"additional_target": "norm"}):
+        with pytest.raises(ConfigError, match="pissa_init"):
+            tuned(base, pissa_init=True, **values)
+    checkpoint = adapter(base, tmp_path / "checkpoint", 1, pissa_init=True, pissa_iter=-1)
+    with pytest.raises(ModelError, match="init_lora_weights: pissa"):
+        tuned(base, [checkpoint])
+
+
+def test_an_adapter_of_another_method_is_not_trained_on_unasked(
+    tiny_model: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is of the method lora, and the settings ask for ia3"):
+        tuned(tiny_model, two[:1], finetuning_type="peft", peft_method="ia3")
+    oft: dict[str, Any] = {"finetuning_type": "peft", "peft_method": "oft", "peft_args": {"oft_block_size": 8, "r": 0}}
+    first = adapter(tiny_model, tmp_path / "oft", 1, **oft)
+    assert torch.equal(logits(tuned(tiny_model, [first], **oft)), logits(by_hand(tiny_model, [first])))
+    with pytest.raises(ConfigError, match=r"peft_args: .* with other oft_block_size"):
+        tuned(tiny_model, [first], **{**oft, "peft_args": {"oft_block_size": 16}})
 
 
 def test_what_cannot_go_on(tiny_model: Path, two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ def _check_options(options: ExportOptions, finished: Finished) -> None:
         return
     if not finished.is_adapter:
         raise ConfigError(f"--adapter-only: {finished.folder} holds a whole model; leave the option out")
+    if finished.weights:
+        raise ConfigError(
+            f"--adapter-only: {finished.folder} was trained on top of weights that are not in its base "
+            f"({', '.join(map(str, finished.weights))}), so it would fit nothing; leave the option out"
+        )
     if options.max_shard_size is not None or options.ollama or options.gguf is not None:
         raise ConfigError(
             "--adapter-only: an adapter is one file without a Modelfile; leave out --max-shard-size, --ollama and --gguf"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 from tunesmith.model.heads import ValueHead, head_parameters, load_value_head, save_value_head
+from tunesmith.model.origin import write_origin
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 GENERATION_CONFIG = "generation_config.json"
@@ -82,6 +83,7 @@ def save_trainable(model: torch.nn.Module, folder: Path) -> None:
         _save_adapter_config(model.active_peft_config, folder)
     else:
         save_file(_plain(_own_trainable(model)), folder / TRAINABLE_WEIGHTS, metadata={"format": "pt"})
+    write_origin(model, folder, finished=False)
     _save_head(model, folder)
 
 
@@ -91,7 +93,15 @@ def _save_head(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _plain(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    """On the host; a tensor that layers share is written for each of them, as PEFT does."""
+    plain: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        own = tensor.detach().to("cpu").contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in seen else own
+        seen.add(place)
+    return plain
 
 
 def _save_adapter_config(config: PeftConfig, folder: Path) -> None:
@@ -195,6 +205,7 @@ def save_finished(model: torch.nn.Module, folder: Path) -> None:
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(folder)
         _save_head(model, folder)
+    write_origin(model, folder, finished=True)
     settings = unwrap(model).generation_config
     if isinstance(model, PeftModel) and settings is not None:
         settings.to_json_file(folder / GENERATION_CONFIG)  # save_pretrained refuses what many bases have

@@ -10,7 +10,6 @@ which is exact, so it fits the first base, in plain PEFT too.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,6 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
-from tunesmith.data.source import file_sha
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapter import (
     TRAINABLE_WEIGHTS,
@@ -31,9 +29,12 @@ from tunesmith.model.adapter import (
 )
 from tunesmith.model.files import ADAPTER_CONFIG, CLASSIFIER_HEAD, check_adapter_folder
 from tunesmith.model.into_base import merge_into_base
+from tunesmith.model.origin import ORIGIN, Origin, check_order, fingerprint, part, read_origin
 
 _CLASSIFIERS = ("classifier", "score")
 """Modules that PEFT saves with the adapter of a sequence classifier."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways of PEFT to begin an adapter that take something out of the base's weights."""
 _GIVEN = ("lora_rank", "lora_alpha", "lora_target", "use_rslora", "use_dora", "additional_target", "pissa_init")
 
 
@@ -48,13 +49,6 @@ class Ancestor:
 
     path: Path
     kind: Literal["adapter", "weights", "model"]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of its weights."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.glob("*.safetensors")):
-            digest.update(f"{file.name} {file_sha(file)}".encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -86,13 +80,31 @@ class Line:
 
     def put_weights(self, model: PreTrainedModel) -> None:
         """Put the weights that freeze runs trained into the base. Raises ModelError when they do not fit."""
-        for ancestor in self.ancestors:
-            if ancestor.kind == "weights":
-                load_trainable_params(model, ancestor.path)
+        for folder in self.weights:
+            load_trainable_params(model, folder)
+
+    @property
+    def weights(self) -> list[Path]:
+        """Folders of the weights that freeze runs trained."""
+        return [ancestor.path for ancestor in self.ancestors if ancestor.kind == "weights"]
+
+    @property
+    def earlier_adapters(self) -> list[Path]:
+        """Folders of the adapters beneath the one that is trained."""
+        return self.adapters[:-1] if self.resume else self.adapters
+
+    def origins(self) -> tuple[Origin, Origin]:
+        """What the trained weights lie on: in checkpoints, and in the finished run, where adapters are joined."""
+        needs = tuple(part(folder) for folder in self.weights)
+        beneath = tuple(part(folder) for folder in self.earlier_adapters)
+        above = self.adapters[len(beneath) :]
+        same = tuple(one for folder in above for one in (part(folder), *read_origin(folder).contains))
+        inner = tuple(one for folder in self.earlier_adapters for one in read_origin(folder).contains)
+        return Origin((*needs, *beneath), same), Origin(needs, (*inner, *beneath, *same))
 
     def fingerprints(self) -> list[str]:
         """SHA-256 of each."""
-        return [ancestor.fingerprint() for ancestor in self.ancestors]
+        return [fingerprint(ancestor.path) for ancestor in self.ancestors]
 
 
 NOTHING = Line()
@@ -102,7 +114,8 @@ def line_of(args: ModelArguments) -> Line:
     """What ``checkpoint_dir`` names.
 
     Raises:
-        ModelError: a folder that is none of the three kinds, or a whole model that is not first.
+        ModelError: a folder that is none of the three kinds, a whole model that is not first, or weights that were trained on
+            top of others without these before them.
     """
     found: list[Ancestor] = []
     for number, name in enumerate(args.checkpoint_dir):
@@ -122,6 +135,8 @@ def line_of(args: ModelArguments) -> Line:
                 f"checkpoint_dir: {name} holds neither {ADAPTER_CONFIG}, nor {TRAINABLE_WEIGHTS}, nor a model; name a finished "
                 "run or one of its checkpoints"
             )
+    if len(found) > 1 or any((one.path / ORIGIN).is_file() for one in found):
+        check_order([one.path for one in found if one.kind != "model"])
     return Line(tuple(found), args.resume_lora_training)
 
 
@@ -132,6 +147,13 @@ def read_adapter_config(folder: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: cannot be read: {str(error).splitlines()[0]}") from error
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights: {start} means that the adapter fits only what it left of the base "
+            "when it began; name the finished run of pissa_init, which fits the base as it is, or export it, and give the "
+            "export as model_name_or_path"
+        )
     return config
 
 
@@ -142,6 +164,18 @@ def continued_config(folder: Path, args: FinetuningArguments) -> PeftConfig:
         ConfigError: the settings ask for another shape than it has.
     """
     config = read_adapter_config(folder)
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    asked = "lora" if args.finetuning_type == "lora" else str(args.peft_method).lower()
+    if kind != asked:
+        settings = "finetuning_type: lora" if kind == "lora" else f"finetuning_type: peft with peft_method: {kind}"
+        raise ConfigError(
+            f"checkpoint_dir: the adapter in {folder} is of the method {kind}, and the settings ask for {asked}; set "
+            f"{settings} to train it on"
+        )
+    if other := [name for name, value in args.peft_args.items() if _as_list(getattr(config, name, None)) != _as_list(value)]:
+        raise ConfigError(
+            f"peft_args: the adapter in {folder} is trained on as it is, with other {', '.join(other)}; remove the options"
+        )
     config.inference_mode = False
     given = [key for key in _GIVEN if key in args.model_fields_set]
     if isinstance(config, LoraConfig):
@@ -157,6 +191,10 @@ def continued_config(folder: Path, args: FinetuningArguments) -> PeftConfig:
             "set resume_lora_training: false to train a new one on top"
         )
     return config
+
+
+def _as_list(value: object) -> object:
+    return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
 def merge(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Factors]:

@@ -34,6 +34,7 @@ from tunesmith.model.heads import ValueHead, has_head, head_width, load_value_he
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import line_of, put_beside, with_adapter
 from tunesmith.model.load import load_base_model, load_classifier, prepare_flat
+from tunesmith.model.origin import fingerprint
 from tunesmith.model.precision import autocast, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.roles import playing
@@ -276,7 +277,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _weights(args: ModelArguments) -> list[str]:
-    return [ancestor.fingerprint() for ancestor in line_of(args).ancestors if ancestor.kind == "weights"]
+    return [fingerprint(folder) for folder in line_of(args).weights]
 
 
 def _trained(head: ValueHead, where: Path) -> ValueHead:

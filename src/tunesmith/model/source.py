@@ -18,6 +18,7 @@ from tunesmith.model.files import (
     read_json,
     refuse_file,
 )
+from tunesmith.model.origin import check_alone
 
 _RUN = "config.yaml"
 _KEY = "model_name_or_path"
@@ -127,6 +128,7 @@ def _locate(named: str, args: ModelArguments, trusted: bool, weights: bool, nest
     if nested:
         raise ModelError(f"{_KEY}: {path} is an adapter, and so is what was trained on it; name a model without adapters")
     check_adapter_folder(path)
+    check_alone(path, _KEY)
     base = _locate(found.base, args, trusted=False, weights=weights, nested=True)
     return Source(base.path, name, adapter=path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ from tunesmith.config.arguments import FinetuningArguments
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import Factors, load_adapter_weights, own_factors, set_beneath
 from tunesmith.model.lineage import NOTHING, Line, continued_config, joins, merge, stay
+from tunesmith.model.origin import Origin, set_origin
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.targets import check_modules, expert_parameters, resolve_targets, trainable_in_layers
 
 Rows = Mapping[str, list[int]]
 """Name of a layer -> ids of tokens."""
+
+_SET_HERE = frozenset(
+    {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "modules_to_save"}
+)
+_STARTS = ("gaussian", "orthogonal")
+"""What ``init_lora_weights`` can be, beside true and false, so that the adapter fits the base as it is."""
 
 
 def init_adapter(
@@ -61,12 +69,13 @@ def init_adapter(
     if args.finetuning_type == "full":
         model.float().requires_grad_(True)
         return model
+    set_origin(model, line.origins()[0], Origin())
     return _thaw(model, args)
 
 
 def _with_adapters(model: PreTrainedModel, args: FinetuningArguments, base_name: str, line: Line, rows: Rows) -> PeftModel:
     goes_on = line.adapters[-1] if line.adapters and line.resume else None
-    earlier = line.adapters[:-1] if goes_on else line.adapters
+    earlier = line.earlier_adapters
     model.requires_grad_(False)
     beneath: list[Factors] = []
     stays = is_quantised(model)
@@ -89,6 +98,7 @@ def _with_adapters(model: PreTrainedModel, args: FinetuningArguments, base_name:
     elif args.pissa_init:
         beneath.append({name: (down, -up) for name, (down, up) in own_factors(tuned).items()})
     set_beneath(tuned, beneath)
+    set_origin(tuned, *line.origins())
     return tuned
 
 
@@ -144,21 +154,45 @@ def lora_config(model: PreTrainedModel, args: FinetuningArguments) -> LoraConfig
     for key in ("lora_dropout", "use_dora", "pissa_init"):
         if experts and getattr(args, key):
             raise ConfigError(f"{key}: the weights of experts cannot be adapted so; unset it, or name layers in lora_target")
+    targets = resolve_targets(model, args.lora_target)
     initial: Any = True
     if args.pissa_init:
+        _check_pissa(model, args, targets)
         initial = "pissa" if args.pissa_iter < 0 else f"pissa_niter_{args.pissa_iter}"
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
         lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_rank,
         lora_dropout=args.lora_dropout,
-        target_modules=resolve_targets(model, args.lora_target),
+        target_modules=targets,
         target_parameters=experts or None,
         modules_to_save=check_modules(model, args.additional_target, "additional_target") or None,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
         init_lora_weights=initial,
     )
+
+
+def _check_pissa(model: PreTrainedModel, args: FinetuningArguments, targets: list[str] | str) -> None:
+    """Raise ConfigError where the result could not be saved as a plain adapter of the base as it is."""
+    if args.additional_target:
+        raise ConfigError(
+            "pissa_init: what it begins is saved as low-rank products alone, without the modules of additional_target; unset "
+            "one of the two"
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        shared = module is head and head.weight is embedding.weight
+        if (isinstance(module, torch.nn.Embedding) or shared) and _is_target(name, targets):
+            raise ConfigError(
+                f"pissa_init: cannot begin an adapter of {name}, an embedding or a head that is one; leave it out"
+            )
+
+
+def _is_target(name: str, targets: list[str] | str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConfig:
@@ -182,11 +216,19 @@ def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConf
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"peft_args: {args.peft_method} has no option {name!r}{hint}")
+    if own := sorted(_SET_HERE.intersection(args.peft_args)):
+        raise ConfigError(f"peft_args: {', '.join(own)}: follows from the other settings; remove it")
+    start = args.peft_args.get("init_lora_weights")
+    if isinstance(start, str) and start not in _STARTS:
+        raise ConfigError(
+            f"peft_args: init_lora_weights: {start} needs steps that are not taken here, or changes the base; give one of "
+            f"{', '.join(_STARTS)}, or set finetuning_type: lora and pissa_init: true"
+        )
     values = {"target_modules": resolve_targets(model, args.lora_target), **args.peft_args}
     modules = check_modules(model, args.additional_target, "additional_target")
     try:
         return cls(**_only(cls, task_type="CAUSAL_LM", **({"modules_to_save": modules} if modules else {}), **values))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"peft_args: {args.peft_method}: {str(error).splitlines()[0]}") from error
 
 

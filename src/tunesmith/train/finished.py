@@ -13,6 +13,7 @@ from tunesmith.config.load import load_config
 from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.model.lineage import line_of
+from tunesmith.model.origin import check_alone
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.train.runfolder import CONFIG, is_finished
 
@@ -76,6 +77,7 @@ def open_finished(target: Path, base: str | None = None, trust_remote_code: bool
             f"--trust-remote-code: only of a model that you name; if you have read the code of {named}: --base {named}"
         )
     if config is None:
+        check_alone(target, "RUN")
         plain = ModelArguments(model_name_or_path=named, trust_remote_code=trust_remote_code)
         return Finished(target, plain, (), None, None, trust_remote_code)
     return _of_run(target, config, base, trust_remote_code)
@@ -86,8 +88,7 @@ def _of_run(run: Path, config: RunConfig, base: str | None, trusted: bool) -> Fi
     source = line.on(config.model).model_copy(update={"trust_remote_code": trusted})  # a run's word is not the user's
     quantised = source if source.quantization_bit is not None else None
     plain = source.model_copy(update={"quantization_bit": None, **({"model_name_or_path": base} if base else {})})
-    weights = tuple(ancestor.path for ancestor in line.ancestors if ancestor.kind == "weights")
-    return Finished(run, plain, weights, quantised, config, trusted)
+    return Finished(run, plain, tuple(line.weights), quantised, config, trusted)
 
 
 def _named_base(folder: Path) -> str:
