@@ -175,6 +175,13 @@ def test_pissa_leaves_out_what_could_not_be_saved(shared: Path, tmp_path: Path) 
         tuned(base, [checkpoint])
 
 
+@pytest.mark.parametrize("method", ["lily", "randlora"])
+def test_tensors_that_layers_share_are_saved(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    model = tuned(tiny_model, seed=9, finetuning_type="peft", peft_method=method)
+    save_finished(model, tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(tiny_model), tmp_path).eval()), logits(model))
+
+
 def test_an_adapter_of_another_method_is_not_trained_on_unasked(
     tiny_model: Path, two: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tunesmith.config.arguments import FinetuningArguments
+from tunesmith.config.arguments import FinetuningArguments, ModelArguments
 from tunesmith.errors import ConfigError
 from tunesmith.model.adapter import beneath_of, trainable_parameters
+from tunesmith.model.forward import FlatForward
+from tunesmith.model.load import load_base_model
 from tunesmith.model.targets import linear_layers, resolve_targets
+from tunesmith.model.trial import small_logits, try_adapter
 from tunesmith.model.tuning import init_adapter
 
 
@@ -66,6 +70,10 @@ def test_targets_that_do_not_exist(base: PreTrainedModel, target: str, words: st
         ({"num_layer_trainable": 1}, {"1.self_attn", "1.mlp", "1.input_layernorm", "1.post_attention_layernorm"}),
         ({"num_layer_trainable": -1, "name_module_trainable": "mlp"}, {"0.mlp"}),
         ({"num_layer_trainable": 2, "name_module_trainable": "q_proj,mlp"}, {"0.self_attn", "1.self_attn", "0.mlp", "1.mlp"}),
+        (
+            {"num_layer_trainable": -1, "name_module_trainable": "q_proj,all"},
+            {"0.self_attn", "0.mlp", "0.input_layernorm", "0.post_attention_layernorm"},
+        ),
     ],
 )
 def test_freeze_trains_the_layers_asked_for(base: PreTrainedModel, values: dict[str, Any], expected: set[str]) -> None:
@@ -119,11 +127,36 @@ def test_other_methods_by_name(base: PreTrainedModel, method: str) -> None:
         ({"peft_method": "prefix_tuning"}, "virtual tokens"),
         ({"peft_method": "loha", "peft_args": {"rr": 3}}, "no option 'rr'"),
         ({"peft_method": "adalora"}, "total_step"),
+        ({"peft_method": "lora", "peft_args": {"inference_mode": True}}, "inference_mode: follows from the other settings"),
+        ({"peft_method": "lora", "peft_args": {"init_lora_weights": "pissa"}}, "finetuning_type: lora and pissa_init: true"),
     ],
 )
 def test_methods_that_cannot_be_used(base: PreTrainedModel, values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         trained(base, finetuning_type="peft", **values)
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "words"),
+    [
+        (None, {"finetuning_type": "peft", "peft_method": "poly"}, "peft_method: poly: cannot be trained on LlamaForCausalLM"),
+        (4, {"finetuning_type": "peft", "peft_method": "loha"}, "with quantization_bit: RuntimeError"),
+        (8, {"finetuning_type": "peft", "peft_method": "hra"}, "does not know weights of few bits"),
+        (8, {"finetuning_type": "peft", "peft_method": "loha"}, None),
+        (8, {"use_dora": True}, "use_dora: cannot be trained"),
+        (4, {"use_dora": True}, None),
+    ],
+)
+def test_what_cannot_be_trained_is_found_by_trying(
+    shared: Path, bits: int | None, values: dict[str, Any], words: str | None
+) -> None:
+    args = ModelArguments(model_name_or_path=str(shared / "models" / "stories260K"), quantization_bit=bits)
+    base = load_base_model(args, torch.float32, torch.device("cpu"))
+    before = small_logits(FlatForward(base, segments=False), torch.float32)
+    model = init_adapter(base, FinetuningArguments(**values), "base")
+    with nullcontext() if words is None else pytest.raises(ConfigError, match=words):
+        try_adapter(FlatForward(model, segments=False), torch.float32, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_nothing_to_train(base: PreTrainedModel) -> None:

@@ -133,7 +133,7 @@ def trainable_in_layers(model: PreTrainedModel, count: int, modules: tuple[str, 
 
 
 def _picked(name: str, modules: tuple[str, ...]) -> bool:
-    return modules == ("all",) or not set(modules).isdisjoint(name.split("."))
+    return "all" in modules or not set(modules).isdisjoint(name.split("."))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:

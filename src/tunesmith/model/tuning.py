@@ -130,7 +130,7 @@ def adapted(model: PreTrainedModel, config: PeftConfig, base_name: str) -> PeftM
     config.base_model_name_or_path = None  # it would warn of another name
     try:
         tuned = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:  # each method of PEFT raises its own
         raise ConfigError(f"the adapter cannot be made: {str(error).splitlines()[0]}") from error
     tuned.active_peft_config.base_model_name_or_path = base_name
     for parameter in tuned.parameters():

@@ -31,8 +31,10 @@ from tunesmith.model.load import load_base_model, prepare_flat
 from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import find_output
 from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.model.quantize import is_quantised
 from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
+from tunesmith.model.trial import small_logits, try_adapter
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.stages.dpo import PreferencePeftTrainer
@@ -174,12 +176,15 @@ def _model(
     attention = base.config._attn_implementation
     segments = prepare_flat(base, args, longest)
     rows = trainable_rows(base, added_token_ids(args, tokenizer))
+    fresh = is_quantised(base) and not line.adapters and config.finetuning.finetuning_type == "peft"
+    base_logits = small_logits(FlatForward(base, segments), dtype) if fresh else None
     model = init_adapter(base, config.finetuning, name, line, rows)
     if config.finetuning.stage == "rm":
         folders = [locate(args).path, *(ancestor.path for ancestor in line.ancestors)]
         set_head(model, starting_head(folders, head_width(base)))
     forward = FlatForward(model, segments, config.training.neftune_noise_alpha)
     install_lora_kernel(forward, dtype)
+    try_adapter(forward, dtype, base_logits)
     return forward, attention
 
 
