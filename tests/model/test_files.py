@@ -101,6 +101,14 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
     assert sorted(read_weight_headers(tmp_path, "none", "i.json")) == ["a", "b"]
 
 
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    write(tmp_path / "0.safetensors", {"a": entry(0, 8)}, bytes(8))
+    write(tmp_path / "1.safetensors", {"a": entry(0, 8), "b": entry(8, 16)}, bytes(16))
+    (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"a": "0.safetensors", "b": "1.safetensors"}}))
+    with pytest.raises(ModelError, match=r"says that a is in 0\.safetensors, and 1\.safetensors holds it too"):
+        read_weight_headers(tmp_path, "none", "i.json")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

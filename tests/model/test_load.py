@@ -87,6 +87,22 @@ def test_an_adapter_of_one_end_is_merged_into_that_end_alone(shared: Path, tmp_p
         torch.testing.assert_close(load_pretrained(args(tmp_path))[0](ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"intermediate_size": 96}, r"mlp\..*_proj.weight is stored with the shape .*128.*, and config.json makes it .*96"),
+        ({"num_attention_heads": 3}, "cannot load the configuration .*not a multiple of the number of attention heads"),
+        ({"vocab_size": "400"}, "cannot load the configuration .*expected int, got str"),
+    ],
+)
+def test_a_configuration_of_another_model(tiny_model: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match=said):
+        load_pretrained(args(model))
+
+
 def test_an_end_token_is_found(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "m")
     config = json.loads((model / "tokenizer_config.json").read_text())

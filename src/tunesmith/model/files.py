@@ -188,7 +188,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
         raise ModelError(f"{index}: expected weight_map, tensor name -> file name")
     found: dict[str, Stored] = {}
     for shard in sorted(set(where.values())):
-        found.update(_read_shard(folder, index, shard, (name for name, file in where.items() if file == shard)))
+        stored = _read_shard(folder, index, shard, (name for name, file in where.items() if file == shard))
+        if strays := sorted(name for name in stored if where.get(name, shard) != shard):
+            raise ModelError(
+                f"{index}: says that {strays[0]} is in {where[strays[0]]}, and {shard} holds it too ({len(strays)} such "
+                "tensors), so which one is meant cannot be told; fetch or copy the folder again"
+            )
+        found.update(stored)
     return found
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -19,13 +18,15 @@ from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model.adapter import load_finished
+from tunesmith.model.files import CONFIG
 from tunesmith.model.forward import segments_work
 from tunesmith.model.into_base import merge_into_base
 from tunesmith.model.library import quiet_library
 from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
 from tunesmith.model.quantize import check_foreign, is_quantised, keep_differentiable, missing_library, quantisation
+from tunesmith.model.settings import library_error, read_settings
 from tunesmith.model.source import Source, locate
-from tunesmith.model.tokenizer import library_error, load_tokenizer, read_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.model.vocabulary import align_special_tokens, fit_vocabulary
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ def _from_folder(
     source: Source, args: ModelArguments, dtype: torch.dtype, device: torch.device, loader: Any = AutoModelForCausalLM
 ) -> PreTrainedModel:
     path = source.path
+    config = read_settings(path, source.trusted)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=source.trusted)
         check_foreign(config, args, path)
         text = config.get_text_config()
         pad = getattr(text, "pad_token_id", None)
@@ -129,6 +130,7 @@ def _from_folder(
             use_safetensors=True,
             attn_implementation=None if args.attn_implementation == "auto" else args.attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=source.trusted,
             **quantisation(args, dtype, device),
         )
@@ -140,6 +142,12 @@ def _from_folder(
         if type(error).__module__.startswith("safetensors"):
             raise ModelError(f"cannot load the model of {path}: a safetensors file is damaged: {error}") from error
         raise
+    if wrong := sorted(info["mismatched_keys"]):
+        name, stored, expected = wrong[0]
+        raise ModelError(
+            f"{path}: {name} is stored with the shape {tuple(stored)}, and {CONFIG} makes it {tuple(expected)} ({len(wrong)} "
+            "such tensors); weights and configuration are not of one model, fetch or copy them again"
+        )
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{path}: the weights lack {len(info['missing_keys'])} tensors of the architecture: {names}")

@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
@@ -19,8 +18,8 @@ from tunesmith.model.adapter import load_finished, load_trainable_params
 from tunesmith.model.files import ADAPTER_WEIGHTS
 from tunesmith.model.into_base import is_tied, merge_into_base
 from tunesmith.model.load import load_base_model
+from tunesmith.model.settings import read_settings
 from tunesmith.model.source import locate
-from tunesmith.model.tokenizer import library_error
 
 _CPU = torch.device("cpu")
 
@@ -38,7 +37,7 @@ class Merged:
     untied: bool
 
 
-def base_config(args: ModelArguments) -> Any:
+def base_config(args: ModelArguments) -> PreTrainedConfig:
     """The configuration of a base that an adapter can be merged into.
 
     Raises:
@@ -46,10 +45,7 @@ def base_config(args: ModelArguments) -> Any:
     """
     source = locate(args)
     path = source.path
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=source.trusted)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise library_error("configuration", path, error) from error
+    config = read_settings(path, source.trusted)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")

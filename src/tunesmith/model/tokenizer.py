@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model.files import CONFIG, read_json, vocabulary_size
+from tunesmith.model.settings import library_error
 from tunesmith.model.source import Source, locate
 
 log = logging.getLogger(__name__)
@@ -19,17 +20,6 @@ _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 """End-of-sequence tokens of model families, those that end a turn first."""
-
-
-def library_error(what: str, path: str | Path, error: Exception) -> ModelError:
-    """What went wrong when the library loaded something, in a line."""
-    reason = str(error).strip().splitlines()
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"cannot load the {what} of {path}: it comes as Python code beside the weights, which is not run; if you have read "
-            "it, set trust_remote_code: true (it holds for model_name_or_path alone), or --trust-remote-code when exporting"
-        )
-    return ModelError(f"cannot load the {what} of {path}: {reason[0] if reason else type(error).__name__}")
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:

@@ -37,7 +37,7 @@ def try_adapter(forward: FlatForward, dtype: torch.dtype, base_logits: torch.Ten
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     what = "use_dora" if getattr(config, "use_dora", False) else f"peft_method: {kind}"
     where = f"{type(unwrap(model)).__name__}{' with quantization_bit' if is_quantised(unwrap(model)) else ''}"
-    batch, training, learned = probe_batch(unwrap(model)), model.training, trainable_parameters(model)
+    batch, training, learned = probe_batch(unwrap(model)), model.training, list(trainable_parameters(model).values())
     if not learned:
         raise ConfigError(f"{what}: has nothing to train on {where}; give it other peft_args, or choose another method")
     model.eval()
@@ -45,7 +45,7 @@ def try_adapter(forward: FlatForward, dtype: torch.dtype, base_logits: torch.Ten
         for _ in range(2):
             with autocast(batch.input_ids_T.device, dtype):
                 total = forward.logits(batch).float().sum()
-            total.backward()
+            torch.autograd.grad(total, learned, allow_unused=True)
     except Exception as error:  # whatever a method of the library, or a kernel under it, raises
         reason = str(error).strip().splitlines()
         raise ConfigError(
@@ -54,8 +54,6 @@ def try_adapter(forward: FlatForward, dtype: torch.dtype, base_logits: torch.Ten
         ) from error
     finally:
         model.train(training)
-        for parameter in learned.values():
-            parameter.grad = None
     if base_logits is not None:
         moved = small_logits(forward, dtype).softmax(-1) - base_logits.softmax(-1)
         change = moved.abs().sum(-1).mean().item() / 2

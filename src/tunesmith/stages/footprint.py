@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tunesmith.config.arguments import RunConfig
@@ -33,6 +33,7 @@ from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import Output, adds_nothing
 from tunesmith.model.phantom import LiveBytes, make_fake, round_layers
 from tunesmith.model.precision import norms_to_float, resolve_dtype
+from tunesmith.model.settings import read_settings
 from tunesmith.model.source import locate
 from tunesmith.model.targets import decoder_layers
 from tunesmith.model.tuning import adapted, init_adapter
@@ -142,7 +143,7 @@ def _skeleton(
     attention.register()
     args, dtype = line_of(config.model).on(config.model), resolve_dtype(config.compute_dtype, device)
     source = locate(args)
-    settings = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trusted)
+    settings = read_settings(source.path, source.trusted)
     asked = None if args.attn_implementation == "auto" else args.attn_implementation
     full = config.finetuning.finetuning_type == "full"
     flat = flat and asked is None and args.quantization_bit != 8 and not sees_less(settings.get_text_config(), longest)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.data.heaviest import Cost, blank_batch, heaviest
@@ -20,6 +20,7 @@ from tunesmith.data.streaming import ExampleStream
 from tunesmith.errors import ModelError, OutOfMemoryError
 from tunesmith.model.lineage import line_of
 from tunesmith.model.memory import GIB, allocator_slack, available_memory, resident_memory
+from tunesmith.model.settings import read_settings
 from tunesmith.model.source import locate
 from tunesmith.stages.footprint import Footprint, footprint
 from tunesmith.train.trainer import PeftTrainer
@@ -254,7 +255,7 @@ def heaviest_batch(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream
 
 def _settings(config: RunConfig) -> PreTrainedConfig:
     source = locate(line_of(config.model).on(config.model))
-    return AutoConfig.from_pretrained(source.path, trust_remote_code=source.trusted).get_text_config()
+    return read_settings(source.path, source.trusted).get_text_config()
 
 
 def _token_bytes(text: PreTrainedConfig) -> float:
