@@ -18,7 +18,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
     """Give every token of the tokenizer a row in the embedding and in the head: the mean of the rows of known tokens.
 
     An embedding with more rows than tokens (padded for speed) keeps them; one that must grow and had a multiple of 64 rows
-    gets the next multiple.
+    gets the next multiple, the rows without a token as the others.
 
     Args:
         model: changed in place.
@@ -39,15 +39,17 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k
     total = len(tokenizer)
     if total == known:
         return
+    end = total
     if total > rows:
         multiple = _MULTIPLE if rows % _MULTIPLE == 0 else 1
         model.resize_token_embeddings(total, pad_to_multiple_of=multiple, mean_resizing=False)
-    _fill_with_mean(model, known, total)
+        end = model.get_input_embeddings().num_embeddings  # the library draws rows without a token at random: others each time
+    _fill_with_mean(model, known, end)
     log.info("%d new tokens; the embedding has %d rows", total - known, model.get_input_embeddings().num_embeddings)
 
 
 @torch.no_grad()
-def _fill_with_mean(model: PreTrainedModel, known: int, total: int) -> None:
+def _fill_with_mean(model: PreTrainedModel, known: int, end: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = [embedding.weight]
     if head is not None and head.weight is not embedding.weight:
@@ -55,7 +57,7 @@ def _fill_with_mean(model: PreTrainedModel, known: int, total: int) -> None:
     if head is not None and getattr(head, "bias", None) is not None:
         weights.append(head.bias)
     for weight in weights:
-        weight[known:total] = weight[:known].float().mean(0).to(weight.dtype)
+        weight[known:end] = weight[:known].float().mean(0).to(weight.dtype)
 
 
 def trainable_rows(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]]:
