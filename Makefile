@@ -12,7 +12,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/tunesmith train examples/quickstart.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
