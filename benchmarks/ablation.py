@@ -17,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 from itertools import islice, pairwise
 
@@ -27,6 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import ROOT
 from tunesmith.config.load import load_config
 from tunesmith.model import attention
+from tunesmith.model.attention_kernel import PLAIN, Variant
+from tunesmith.model.attention_routes import Segments
 from tunesmith.model.builtin import fetch
 from tunesmith.model.lora_kernel import remove_lora_kernel
 from tunesmith.stages.run import build_trainer
@@ -56,18 +58,21 @@ def without_lora(trainer: PeftTrainer) -> Callable[[], None]:
 def without_attention(trainer: PeftTrainer) -> Callable[[], None]:
     """The library's attention for each segment."""
 
-    def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: Sequence[int], scale: float) -> torch.Tensor:
+    def library(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, variant: Variant, *_: object, say: bool
+    ) -> torch.Tensor:
+        assert variant == PLAIN
         parts = [
             scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True)
-            for a, b in pairwise(edges)
+            for a, b in pairwise(segments.edges)
         ]
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
-    own = attention.attend
-    attention.attend = library
+    own = attention.compute
+    attention.compute = library
 
     def back() -> None:
-        attention.attend = own
+        attention.compute = own
 
     return back
 

@@ -24,7 +24,7 @@ def test_noise_is_as_wide_as_the_row_is_long(tiny_model: Path, segments: bool) -
     """Uniform up to alpha / sqrt(L d) with each row's own L, rows end to end or padded; none outside training."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa")
     if segments:
-        assert segments_work(model, 64)[0]
+        assert segments_work(model)[0]
     clean_weight = model.get_input_embeddings().weight.detach()
     forward = FlatForward(model, segments, ALPHA)
     seen: list[torch.Tensor] = []

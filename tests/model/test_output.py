@@ -48,7 +48,7 @@ def tiny(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype = torch.fl
 def test_scale_and_cap_are_found(kind: type[PreTrainedModel], config: Any, expected: Output, dtype: torch.dtype) -> None:
     model = tiny(kind, config, dtype)
     assert find_output(FlatForward(model, segments=False), dtype) == (expected, "")
-    if segments_work(model, 512)[0]:
+    if segments_work(model)[0]:
         assert find_output(FlatForward(model, segments=True), dtype) == (expected, "")
 
 

@@ -1,7 +1,9 @@
-"""Attention over rows laid end to end: each row attends to itself only, nothing is padded, no mask is built.
+"""Attention over rows laid end to end: each row attends to itself only, and nothing is padded.
 
 Registered with transformers' ``AttentionInterface`` under ``SEGMENTS``. The boundaries arrive as the field's usual
-``cu_seq_lens_q`` keyword, which models that support padding-free attention pass through their layers.
+``cu_seq_lens_q`` keyword, which models that support padding-free attention pass through their layers. What a layer does beside
+looking back over its row arrives with its call: bounded scores, sinks, dropout. How far it looks is said by the mask that the
+model asks transformers for, of which only the size is made here; some models tell their layers of a window too, others do not.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tunesmith.model.attention_kernel import attend
+from tunesmith.model.attention_kernel import Variant
+from tunesmith.model.attention_routes import Segments, compute
 
 SEGMENTS = "tunesmith_segments"
 _HARMLESS = {
@@ -32,6 +34,9 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment.
@@ -40,54 +45,80 @@ def segment_attention(
         module: the attention layer that calls.
         query: ``[1, heads, T, d]``.
         key: ``[1, kv_heads, T, d]``, as many heads as ``query`` or fewer (grouped queries).
-        value: like ``key``.
-        attention_mask: must be None.
+        value: ``[1, kv_heads, T, e]``.
+        attention_mask: None, or what ``_reach`` made.
         scaling: factor of the scores; ``1/sqrt(d)`` if None.
         dropout: probability on the attention weights.
+        sliding_window: tokens that a query sees at most, its own included.
+        softcap: bound of the scores.
+        s_aux: a score of each head that takes part in the softmax and gives nothing.
         kwargs: must hold ``cu_seq_lens_q``, the row boundaries ``[0, l1, l1 + l2, ...]``.
 
     Returns:
-        ``[1, T, heads, d]`` and no weights.
+        ``[1, T, heads, e]`` and no weights.
 
     Raises:
         NotSegmentable: a variant of attention that this function does not compute.
     """
     boundaries = kwargs.get("cu_seq_lens_q")
     unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and value is not None and value is not False]
-    window = kwargs.get("sliding_window")
-    if window is not None and boundaries is not None and window >= int(boundaries.diff().max()):
-        unknown.remove("sliding_window")
-    if boundaries is None or attention_mask is not None or unknown:
+    if kwargs.get("is_causal") is False:
+        unknown.append("attention to later tokens")
+    if boundaries is None or unknown:
         raise NotSegmentable(", ".join(unknown) or "row boundaries do not reach the attention layers")
+    window, chunk = _sizes(attention_mask)
+    if sliding_window is not None and sliding_window != window:
+        raise NotSegmentable(f"a layer is told to look back {sliding_window} tokens, its mask says {window or 'otherwise'}")
     edges = boundaries.tolist()
-    if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query, key, value, edges, scale), None
-    grouped = query.shape[1] != key.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b],
-            key[:, :, a:b],
-            value[:, :, a:b],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        for a, b in pairwise(edges)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    if window is not None and window >= max(end - begin for begin, end in pairwise(edges)):
+        window = None
+    if chunk is not None:
+        edges = [cut for begin, end in pairwise(edges) for cut in range(begin, end, chunk)] + edges[-1:]
+    out = compute(
+        query,
+        key,
+        value,
+        Segments(boundaries, edges),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        Variant(window, softcap, dropout),
+        s_aux,
+        say=module.training,
+    )
+    return out, None
 
 
 class NotSegmentable(RuntimeError):
     """The model asks for a kind of attention that must be run on padded rows."""
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+def _sizes(mask: torch.Tensor | None) -> tuple[int | None, int | None]:
+    """(window, chunk) of what ``_reach`` made."""
+    if mask is None:
+        return None, None
+    if mask.ndim != 1 or mask.dtype != torch.int64:
+        raise NotSegmentable("the model makes a mask of its own")
+    window, chunk = mask.tolist()
+    return window or None, chunk or None
+
+
+def _reach(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """What takes the place of a mask: ``[window, chunk]``, 0 for none; None where all of the row is seen.
+
+    Raises:
+        NotSegmentable: a mask that is neither.
+    """
+    if kwargs.get("use_vmap"):
+        raise NotSegmentable("the model puts a mask of its own over the causal one")
+    size, config = kwargs.get("local_size"), kwargs.get("config")
+    if size is None:
+        return None
+    windowed, chunked = (getattr(config, name, None) == size for name in ("sliding_window", "attention_chunk_size"))
+    if windowed == chunked:
+        raise NotSegmentable(f"a mask of {size} tokens that is not known to be a window or a chunk")
+    return torch.tensor([size, 0] if windowed else [0, size])
 
 
 def register() -> None:
     """Make ``SEGMENTS`` known to transformers."""
     AttentionInterface.register(SEGMENTS, segment_attention)
-    AttentionMaskInterface.register(SEGMENTS, _no_mask)
+    AttentionMaskInterface.register(SEGMENTS, _reach)

@@ -14,11 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapter import unwrap
-from tunesmith.model.attention import SEGMENTS, NotSegmentable
+from tunesmith.model.attention import SEGMENTS, NotSegmentable, register
 from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.types import Batch
 
 _PROBE_LENGTHS = (5, 3, 6)
+_DIFFERENCE = {True: (1e-4, 1e-4), False: (5e-2, 0.25)}
+"""Float32 or not -> how much a token's logits may differ between the two ways, in the mean and at most, relative to their norm.
+In 16 bits one token's may be all rounding (SmolLM2: up to a tenth, between any two attentions); their mean is not."""
 
 
 class FlatForward:
@@ -123,17 +126,17 @@ def probe_batch(model: PreTrainedModel) -> Batch:
 
 
 @torch.no_grad()
-def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
+def segments_work(model: PreTrainedModel) -> tuple[bool, str]:
     """Whether end-to-end rows give what padded rows give, and if not, why.
 
     Leaves the model on segment attention when they do, and as it was otherwise.
 
     Args:
         model: loaded, on its device.
-        longest: tokens of the longest row; windows that are no shorter do not matter.
     """
-    if reason := sees_less(model.config.get_text_config(), longest):
+    if reason := other_layers(model.config.get_text_config()):
         return False, reason
+    register()
     before = model.config._attn_implementation
     batch = probe_batch(model)
     training = model.training
@@ -142,29 +145,21 @@ def segments_work(model: PreTrainedModel, longest: int) -> tuple[bool, str]:
         padded = FlatForward(model, segments=False).logits(batch).float()
         model.set_attn_implementation(SEGMENTS)
         flat = FlatForward(model, segments=True).logits(batch).float()
-    except (NotSegmentable, ValueError, TypeError, RuntimeError) as error:
+    except (NotSegmentable, ValueError, TypeError, RuntimeError, IndexError) as error:
         model.set_attn_implementation(before)
         return False, str(error).splitlines()[0]
     finally:
         model.train(training)
-    # one token's logits may be all rounding in 16 bits (SmolLM2: up to a tenth, between any two attentions); their mean is not
     by_token = (flat - padded).norm(dim=-1) / padded.norm(dim=-1)
-    exact = model.dtype == torch.float32
-    difference, allowed = (by_token.max().item(), 1e-4) if exact else (by_token.mean().item(), 5e-2)
-    if not difference <= allowed:
+    mean_allowed, most_allowed = _DIFFERENCE[model.dtype == torch.float32]
+    mean, most = by_token.mean().item(), by_token.max().item()
+    if not (mean <= mean_allowed and most <= most_allowed):
         model.set_attn_implementation(before)
-        return False, f"rows end to end give other logits (relative difference {difference:.1e})"
+        return False, f"rows end to end give other logits (relative difference {mean:.1e} in the mean, {most:.1e} at most)"
     return True, ""
 
 
-def sees_less(config: PreTrainedConfig, longest: int) -> str:
-    """Why the model's attention sees less than the whole row, or nothing."""
-    values = config.to_dict()
-    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    chunk = values.get("attention_chunk_size")
-    if kinds - {"sliding_attention", "chunked_attention"}:
-        return f"layers of another kind: {', '.join(sorted(kinds))}"
-    limits = {"sliding_window": window, "attention_chunk_size": chunk}
-    limited = [f"{name} {value}" for name, value in limits.items() if value is not None and value < longest]
-    return f"{limited[0]} is shorter than the longest row ({longest})" if limited else ""
+def other_layers(config: PreTrainedConfig) -> str:
+    """Why layers of the model are not attention to earlier tokens of the row, or nothing."""
+    kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    return f"layers of another kind: {', '.join(sorted(kinds))}" if kinds else ""

@@ -16,7 +16,6 @@ from transformers import (
 
 from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
-from tunesmith.model import attention
 from tunesmith.model.adapter import load_finished
 from tunesmith.model.files import CONFIG
 from tunesmith.model.forward import segments_work
@@ -65,7 +64,6 @@ def load_base_model(
         ModelError: missing, damaged, pickled or unknown weights, code that was not allowed to run, or a tokenizer that does
             not belong to the model.
     """
-    attention.register()
     source = locate(args)
     if source.adapter and args.quantization_bit:
         raise ModelError(
@@ -157,11 +155,11 @@ def _from_folder(
     return model
 
 
-def prepare_flat(model: PreTrainedModel, args: ModelArguments, longest: int) -> bool:
-    """Switch the model to unpadded rows of up to ``longest`` tokens if it can; returns whether it did, and logs why not."""
+def prepare_flat(model: PreTrainedModel, args: ModelArguments) -> bool:
+    """Switch the model to unpadded rows if it can; returns whether it did, and logs why not."""
     if args.attn_implementation != "auto":
         return False
-    works, reason = segments_work(model, longest)
+    works, reason = segments_work(model)
     if not works:
         log.warning("rows are padded for this model: %s", reason)
     return works

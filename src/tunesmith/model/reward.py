@@ -240,8 +240,7 @@ def _loaded(args: ModelArguments) -> tuple[PreTrainedModel, bool]:
     quiet_library()
     device = pick_device()
     model = load_base_model(args, resolve_dtype(args.compute_dtype, device), device, load_tokenizer(args))
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return model, prepare_flat(model, args, longest or 1 << 20)
+    return model, prepare_flat(model, args)
 
 
 def _compare_bases(args: ModelArguments, folder: Path) -> None:

@@ -26,7 +26,7 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import attention
 from tunesmith.model.adapter import head_of, recompute_activations, set_head, trainable_parameters
 from tunesmith.model.attention import NotSegmentable
-from tunesmith.model.forward import FlatForward, sees_less
+from tunesmith.model.forward import FlatForward, other_layers
 from tunesmith.model.heads import ValueHead, head_width
 from tunesmith.model.lineage import continued_config, line_of
 from tunesmith.model.lora_kernel import install_lora_kernel
@@ -95,15 +95,12 @@ def footprint(config: RunConfig, trainer: type[PeftTrainer], batch: Batch, devic
 
 def _followed(config: RunConfig, trainer: type[PeftTrainer], batch: Batch, device: torch.device, flat: bool) -> Footprint:
     """What an update needs, from all layers or from a few."""
-    longest = max(batch.lengths)
-    model, flat = _skeleton(config, device, longest, flat)
+    model, flat = _skeleton(config, device, flat)
     counts = _layers_to_run(config, model)
     if counts is None:
         return _of(_run(config, trainer, batch, device, model, flat))
     total = len(decoder_layers(model)[1])
-    few, more = (
-        _run(config, trainer, batch, device, _skeleton(config, device, longest, flat, count)[0], flat) for count in counts
-    )
+    few, more = (_run(config, trainer, batch, device, _skeleton(config, device, flat, count)[0], flat) for count in counts)
     state = _line({"": few.state}, {"": more.state}, counts, total)[""]
     return _of(_Peaks(_line(few.phases, more.phases, counts, total), state))
 
@@ -136,9 +133,7 @@ def _line(
 # ---- the model
 
 
-def _skeleton(
-    config: RunConfig, device: torch.device, longest: int, flat: bool, layers: int | None = None
-) -> tuple[PreTrainedModel, bool]:
+def _skeleton(config: RunConfig, device: torch.device, flat: bool, layers: int | None = None) -> tuple[PreTrainedModel, bool]:
     """The base on the meta device, all of its layers or the first few; and whether rows run end to end, if ``flat``."""
     attention.register()
     args, dtype = line_of(config.model).on(config.model), resolve_dtype(config.compute_dtype, device)
@@ -146,7 +141,7 @@ def _skeleton(
     settings = read_settings(source.path, source.trusted)
     asked = None if args.attn_implementation == "auto" else args.attn_implementation
     full = config.finetuning.finetuning_type == "full"
-    flat = flat and asked is None and args.quantization_bit != 8 and not sees_less(settings.get_text_config(), longest)
+    flat = flat and asked is None and args.quantization_bit != 8 and not other_layers(settings.get_text_config())
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(
             settings, dtype=torch.float32 if full else dtype, attn_implementation=attention.SEGMENTS if flat else asked,

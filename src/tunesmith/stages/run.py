@@ -97,7 +97,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         reporter.note(memory.said)
     set_seed(config.training.seed)
     dtype = resolve_dtype(config.compute_dtype, device)
-    forward, attention = _model(config, line, source.name, tokenizer, _longest(config, train, held_out), dtype, device)
+    forward, attention = _model(config, line, source.name, tokenizer, dtype, device)
     if memory.recompute:
         recompute_activations(forward.model)
     trainable, total = count_parameters(forward.model)
@@ -154,18 +154,11 @@ def _tokenizer(config: RunConfig, line: Line, reporter: Reporter) -> PreTrainedT
     return tokenizer
 
 
-def _longest(config: RunConfig, *sets: Examples | Rows[PairExample] | ExampleStream | None) -> int:
-    """Tokens of the longest row; of a stream, the most that there can be."""
-    known = [int(rows.lengths.max()) for rows in sets if not isinstance(rows, ExampleStream | None)]
-    return max([*known, config.data.cutoff_len] if config.data.streaming else known)
-
-
 def _model(
     config: RunConfig,
     line: Line,
     name: str,
     tokenizer: PreTrainedTokenizerBase,
-    longest: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[FlatForward, str]:
@@ -174,7 +167,7 @@ def _model(
     full = config.finetuning.finetuning_type == "full"
     base = load_base_model(args, torch.float32 if full else dtype, device, tokenizer)
     attention = base.config._attn_implementation
-    segments = prepare_flat(base, args, longest)
+    segments = prepare_flat(base, args)
     rows = trainable_rows(base, added_token_ids(args, tokenizer))
     fresh = is_quantised(base) and not line.adapters and config.finetuning.finetuning_type == "peft"
     base_logits = small_logits(FlatForward(base, segments), dtype) if fresh else None
