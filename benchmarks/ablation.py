@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import ROOT
 from tunesmith.config.load import load_config
 from tunesmith.model import attention
-from tunesmith.model.attention_kernel import PLAIN, Variant
+from tunesmith.model.attention_kernel import PLAIN
 from tunesmith.model.attention_routes import Segments
 from tunesmith.model.builtin import fetch
 from tunesmith.model.lora_kernel import remove_lora_kernel
@@ -59,9 +60,9 @@ def without_attention(trainer: PeftTrainer) -> Callable[[], None]:
     """The library's attention for each segment."""
 
     def library(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, variant: Variant, *_: object, say: bool
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, *rest: Any, **say: Any
     ) -> torch.Tensor:
-        assert variant == PLAIN
+        assert rest == (PLAIN, None), "the library has no such attention"
         parts = [
             scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True)
             for a, b in pairwise(segments.edges)

@@ -49,7 +49,9 @@ def test_loss_and_adapter_gradients(
 ) -> None:
     settings |= {"model_name_or_path": folder, "template": "chatml", "packing": packing, "cutoff_len": 128}
     write_dataset(tmp_path / "more", make_rows(12))
-    trainer, _ = build_trainer(load_config(write_config({**settings, "dataset_dir": str(tmp_path / "more")}))[0], SilentReporter())
+    trainer, _ = build_trainer(
+        load_config(write_config({**settings, "dataset_dir": str(tmp_path / "more")}))[0], SilentReporter()
+    )
     assert trainer.given.forward.segments
     torch.manual_seed(1)
     adapters = trainable_parameters(trainer.model)

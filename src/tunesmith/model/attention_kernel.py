@@ -11,8 +11,8 @@ With bounded scores ``c tanh(s q k / c)``, ``dS`` is multiplied by ``1 - tanh^2`
 in the softmax and gives nothing; its gradient is minus the sum over queries of its probability times ``rowsum(P dP)``. Weights
 that dropout took are drawn again from the same seed.
 
-``N`` tokens, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` width of a head, ``e`` of values; ``m`` queries of a block,
-``M`` = g m; ``L`` tokens of a stack of segments (``stacks.py``), ``B`` = k times the number of its segments.
+``N`` tokens, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` width of a head, ``e`` of values; ``m`` queries of a
+block, ``M`` = g m; ``L`` tokens of a stack of segments (``stacks.py``), ``B`` = k times the number of its segments.
 """
 
 from __future__ import annotations
