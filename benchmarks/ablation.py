@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import ROOT
 from tunesmith.config.load import load_config
-from tunesmith.model import attention
+from tunesmith.model import attention, stacks
 from tunesmith.model.attention_kernel import PLAIN
 from tunesmith.model.attention_routes import Segments
 from tunesmith.model.builtin import fetch
@@ -78,10 +78,22 @@ def without_attention(trainer: PeftTrainer) -> Callable[[], None]:
     return back
 
 
+def without_stacks(trainer: PeftTrainer) -> Callable[[], None]:
+    """Short segments one by one."""
+    longest = stacks._SHORT
+    stacks._SHORT = 0
+
+    def back() -> None:
+        stacks._SHORT = longest
+
+    return back
+
+
 TECHNIQUES = {
     "head in chunks, its gradient in the forward pass": without_head,
     "LoRA layers as one autograd function": without_lora,
     "attention by blocks (CPU)": without_attention,
+    "short rows in stacks (CPU)": without_stacks,
 }
 
 

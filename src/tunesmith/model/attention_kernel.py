@@ -149,7 +149,7 @@ class _Attention(torch.autograd.Function):
             dk_BLd, dv_BLe = (torch.zeros_like(t, dtype=weigh.dtype) for t in (k_BLd, v_BLe))
             exact_q, exact_k = q_BgLd.to(weigh.dtype), k_BLd.to(weigh.dtype)
             for block in _blocks(stack.length, ctx.settings.variant.window):
-                weights = weigh(exact_q, exact_k, block)
+                weights = weigh(exact_q, exact_k, block, slope=True)
                 q_BMd, do_BMe = (t[:, :, block.queries].flatten(1, 2) for t in (q_BgLd, do_BgLe))
                 dv_BLe[:, block.keys] += torch.bmm(weights.given.to(query.dtype).mT, do_BMe)
                 pdp_BMN = torch.bmm(do_BMe, v_BLe[:, block.keys].mT).to(weigh.dtype).mul_(weights.given)
@@ -203,7 +203,7 @@ class _Weights:
     Attributes:
         probabilities: ``[B, M, N]``.
         given: the same after dropout.
-        slope: derivative of the bounded scores; None without a bound.
+        slope: derivative of the bounded scores; None without a bound, or not asked for.
         sink: ``[B, M, 1]``, probability of the sink; None without one.
     """
 
@@ -224,14 +224,14 @@ class _Weigher:
         if settings.variant.dropout:
             self._draw = torch.Generator(query.device).manual_seed(settings.seed)
 
-    def __call__(self, q_BgLd: torch.Tensor, k_BLd: torch.Tensor, block: _Block) -> _Weights:
+    def __call__(self, q_BgLd: torch.Tensor, k_BLd: torch.Tensor, block: _Block, slope: bool = False) -> _Weights:
         variant, rows = self._settings.variant, block.rows
         batch, heads = q_BgLd.shape[:2]
         scores_BMN = torch.bmm(q_BgLd[:, :, block.queries].flatten(1, 2), k_BLd[:, block.keys].mT).mul_(self._settings.scale)
-        slope = None
+        slope_BMN = None
         if variant.cap is not None:
             scores_BMN.div_(variant.cap).tanh_()
-            slope = 1 - scores_BMN.square()
+            slope_BMN = 1 - scores_BMN.square() if slope else None
             scores_BMN.mul_(variant.cap)
         scores_BgmN = scores_BMN.view(batch, heads, rows, -1)
         scores_BgmN[..., -rows:].add_(self._later[:rows, :rows])
@@ -246,6 +246,6 @@ class _Weigher:
             every = torch.softmax(torch.cat([scores_BMN, sinks_BM1], dim=-1), dim=-1)
             probabilities, sink = every[..., :-1], every[..., -1:]
         if not variant.dropout:
-            return _Weights(probabilities, probabilities, slope, sink)
+            return _Weights(probabilities, probabilities, slope_BMN, sink)
         kept = torch.empty_like(probabilities).bernoulli_(1 - variant.dropout, generator=self._draw)
-        return _Weights(probabilities, kept.div_(1 - variant.dropout).mul_(probabilities), slope, sink)
+        return _Weights(probabilities, kept.div_(1 - variant.dropout).mul_(probabilities), slope_BMN, sink)
