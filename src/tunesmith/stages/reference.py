@@ -83,9 +83,7 @@ def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients
     loader = make_loader(train, training, data_seed(config), given.shuffle, None)
     assert isinstance(loader, DataLoader)
     size = training.per_device_train_batch_size
-    reference = Reference(
-        _answering(config, given, int(train.lengths.max())), _facts(config, given, line), tuning.ld_alpha, size
-    )
+    reference = Reference(_answering(config, given), _facts(config, given, line), tuning.ld_alpha, size)
     needed = visited(loader, planned_updates(loader, training))
     pairs = with_reference(train, needed, reference, given.reporter)
     held_out = given.eval_examples
@@ -94,7 +92,7 @@ def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients
     return replace(given, train_examples=pairs, eval_examples=held_out)
 
 
-def _answering(config: RunConfig, given: Ingredients, longest: int) -> Ingredients:
+def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
     """The model as it is, or the one that is named, for as long as it is asked."""
     name = config.finetuning.ref_model
     if name is None:
@@ -106,7 +104,7 @@ def _answering(config: RunConfig, given: Ingredients, longest: int) -> Ingredien
         own = config.model.model_name_or_path
         raise ModelError(f"ref_model: {name} has other tokens than {own}; take a model with the same tokenizer")
     model = load_base_model(args, given.compute_dtype, given.device, tokenizer)
-    forward = FlatForward(model, prepare_flat(model, args, longest))
+    forward = FlatForward(model, prepare_flat(model, args))
     return replace(given, forward=forward, output=find_output(forward, given.compute_dtype)[0])
 
 
