@@ -22,6 +22,8 @@ _PROBE_LENGTHS = (5, 3, 6)
 _DIFFERENCE = {True: (1e-4, 1e-4), False: (5e-2, 0.25)}
 """Float32 or not -> how much a token's logits may differ between the two ways, in the mean and at most, relative to their norm.
 In 16 bits one token's may be all rounding (SmolLM2: up to a tenth, between any two attentions); their mean is not."""
+_DRAWS = 3
+"""Batches of which one token's least difference counts: rounding sends a token to other experts by chance, an error stays."""
 
 
 class FlatForward:
@@ -116,11 +118,11 @@ def _states(output: Any) -> torch.Tensor:
     return states
 
 
-def probe_batch(model: PreTrainedModel) -> Batch:
+def probe_batch(model: PreTrainedModel, seed: int = 0) -> Batch:
     """A few short rows of drawn tokens, all positions wanted, on the model's device."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     total = sum(_PROBE_LENGTHS)
-    ids = torch.randint(0, vocabulary, (total,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary, (total,), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS])
     return Batch(ids, positions, torch.arange(total), ids, _PROBE_LENGTHS, ()).to(model.device)
 
@@ -137,26 +139,33 @@ def segments_work(model: PreTrainedModel) -> tuple[bool, str]:
     if reason := other_layers(model.config.get_text_config()):
         return False, reason
     register()
-    before = model.config._attn_implementation
-    batch = probe_batch(model)
-    training = model.training
+    before, training = model.config._attn_implementation, model.training
+    allowed = torch.tensor(_DIFFERENCE[model.dtype == torch.float32])
     model.eval()
     try:
-        padded = FlatForward(model, segments=False).logits(batch).float()
-        model.set_attn_implementation(SEGMENTS)
-        flat = FlatForward(model, segments=True).logits(batch).float()
+        least = torch.full((sum(_PROBE_LENGTHS),), torch.inf)
+        for draw in range(_DRAWS):
+            if draw:
+                model.set_attn_implementation(before)
+            least = torch.minimum(least, _differences(model, probe_batch(model, draw)))
+            found = torch.stack([least.mean(), least.max()])
+            if (found <= allowed).all():
+                return True, ""
+        reason = f"rows end to end give other logits (relative difference {found[0]:.1e} in the mean, {found[1]:.1e} at most)"
     except (NotSegmentable, ValueError, TypeError, RuntimeError, IndexError) as error:
-        model.set_attn_implementation(before)
-        return False, str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
     finally:
         model.train(training)
-    by_token = (flat - padded).norm(dim=-1) / padded.norm(dim=-1)
-    mean_allowed, most_allowed = _DIFFERENCE[model.dtype == torch.float32]
-    mean, most = by_token.mean().item(), by_token.max().item()
-    if not (mean <= mean_allowed and most <= most_allowed):
-        model.set_attn_implementation(before)
-        return False, f"rows end to end give other logits (relative difference {mean:.1e} in the mean, {most:.1e} at most)"
-    return True, ""
+    model.set_attn_implementation(before)
+    return False, reason
+
+
+def _differences(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """How much the logits of each token differ, relative to their norm; leaves the model on segment attention."""
+    padded = FlatForward(model, segments=False).logits(batch).float()
+    model.set_attn_implementation(SEGMENTS)
+    flat = FlatForward(model, segments=True).logits(batch).float()
+    return ((flat - padded).norm(dim=-1) / padded.norm(dim=-1)).cpu()
 
 
 def other_layers(config: PreTrainedConfig) -> str:
