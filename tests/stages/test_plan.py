@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,12 @@ def test_few_layers_tell_of_all(settings: dict[str, Any], write_config: Any, mon
 
 
 def test_nothing_is_loaded_and_no_random_number_drawn(
-    settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = load_config(write_config(settings))[0]
+    folder = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "model"))
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**told, "attention_dropout": 0.1}), encoding="utf-8")
+    config = load_config(write_config({**settings, "model_name_or_path": str(folder)}))[0]
     state = torch.get_rng_state()
     monkeypatch.setattr("safetensors.torch.load_file", None)
     monkeypatch.setattr("safetensors.safe_open", None)

@@ -199,7 +199,7 @@ def _run(
     with torch.device("meta"):
         model = _tuned(config, base)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with LiveBytes(fake) as live:
+    with torch.random.fork_rng(devices=[]), LiveBytes(fake) as live:  # attention dropout draws a seed on the host
         live.kind = "weights"
         make_fake(model, live, device)
         if (head := head_of(model)) is not None:
