@@ -11,7 +11,7 @@ import tunesmith
 PACKAGE = Path(tunesmith.__file__).parent
 # Each room may import the rooms before it. Rooms of one tuple stand side by side and do not see each other.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors", "process"),
+    ("errors", "process", "sampled"),
     ("types",),
     ("config",),
     ("data",),

@@ -244,3 +244,27 @@ def test_no_batch_needs_more_than_the_one_that_is_tried(
 
     most = peak(trainer.given.heaviest)
     assert all(peak(batch) <= 1.01 * most for window in windows for batch in window)
+
+
+def test_a_plan_takes_no_longer_for_more_tokens(settings: dict[str, Any], write_config: Any) -> None:
+    config = load_config(write_config(settings))[0]
+    calls = [0, 0]
+    for number, rows in enumerate((4, 64)):
+        batch = blank_batch((64,) * rows, 60 * rows)
+
+        class Counted(LiveBytes):
+            def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+                calls[number] += 1  # noqa: B023
+                return super().__torch_dispatch__(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(footprint_module, "LiveBytes", Counted)
+            footprint(config, TRAINERS["sft"], batch, CPU)
+    assert calls[1] < 1.3 * calls[0], calls
+
+
+def test_an_impossible_stream_is_refused_at_once(settings: dict[str, Any], write_config: Any) -> None:
+    changes = {"streaming": True, "max_steps": 2, "per_device_train_batch_size": 1_000_000, "cutoff_len": 100_000}
+    done = tunesmith("train", write_config({**settings, **changes}), check=False)
+    assert done.returncode == 1
+    assert "per_device_train_batch_size: 1000000 rows" in done.stderr

@@ -29,7 +29,7 @@ from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.precision import pick_device
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.stages.plan import heaviest_batch, plan_run
+from tunesmith.stages.plan import heaviest_batch, plan_run, refuse_impossible
 from tunesmith.stages.run import TRAINERS
 from tunesmith.types import Batch, Source
 
@@ -243,6 +243,11 @@ def _look_at_stream(config: RunConfig, target: Target, tokenizer: PreTrainedToke
         "supervised_share": round((data.cutoff_len - 1) / data.cutoff_len if documents else supervised / tokens, 4),
     }
     longest, size = data.cutoff_len if documents else int(values[-1]), config.training.per_device_train_batch_size
+    try:
+        refuse_impossible(config, longest)
+    except TunesmithError as error:
+        checked.errors.append(_entry("memory", str(error)))
+        return
     _look_at_memory(config, blank_batch((longest,) * size, (longest - 1) * size), checked)
 
 

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from tunesmith.model.stacks import stacks
+from tunesmith.sampled import sampled
 
 _BLOCK = 64
 """Queries of a block. Of 32, 64, 128, 256 the fastest at 64 to 1,024 tokens (9 query heads on 3 key heads of 64)."""
@@ -118,7 +119,7 @@ class _Attention(torch.autograd.Function):
         tiles = _TILES and query.dtype == torch.bfloat16 and sinks_h is None
         tiles = tiles and settings.variant.cap is None and not settings.variant.dropout
         out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        for stack in ctx.stacks:
+        for stack in sampled(ctx.stacks):
             q_BgLd, k_B1Ld, v_B1Le = stack.take(query), stack.take(key), stack.take(value)
             grouped = q_BgLd.shape[1]
             if tiles and (window is None or stack.length <= window):
@@ -128,7 +129,7 @@ class _Attention(torch.autograd.Function):
             else:
                 o_BgLe = query.new_empty(*q_BgLd.shape[:3], value.shape[3])
                 exact_q, exact_k = q_BgLd.to(weigh.dtype), k_B1Ld[:, 0].to(weigh.dtype)
-                for block in _blocks(stack.length, window):
+                for block in sampled(_blocks(stack.length, window)):
                     given_BMN = weigh(exact_q, exact_k, block).given.to(value.dtype)
                     made_BMe = torch.bmm(given_BMN, v_B1Le[:, 0, block.keys])
                     o_BgLe[:, :, block.queries] = made_BMe.unflatten(1, (grouped, -1))
@@ -142,13 +143,13 @@ class _Attention(torch.autograd.Function):
         weigh = _Weigher(query, sinks_h, ctx.settings)
         found = [_same_layout(tensor) for tensor in (query, key, value)]
         lost_h = None if sinks_h is None else torch.zeros_like(sinks_h, dtype=weigh.dtype)
-        for stack in ctx.stacks:
+        for stack in sampled(ctx.stacks):
             q_BgLd, k_BLd, v_BLe = stack.take(query), stack.take(key)[:, 0], stack.take(value)[:, 0]
             do_BgLe = stack.take(grads[0].transpose(1, 2), blank=True)
             dq_BgLd = torch.empty_like(q_BgLd, memory_format=torch.contiguous_format)
             dk_BLd, dv_BLe = (torch.zeros_like(t, dtype=weigh.dtype) for t in (k_BLd, v_BLe))
             exact_q, exact_k = q_BgLd.to(weigh.dtype), k_BLd.to(weigh.dtype)
-            for block in _blocks(stack.length, ctx.settings.variant.window):
+            for block in sampled(_blocks(stack.length, ctx.settings.variant.window)):
                 weights = weigh(exact_q, exact_k, block, slope=True)
                 q_BMd, do_BMe = (t[:, :, block.queries].flatten(1, 2) for t in (q_BgLd, do_BgLe))
                 dv_BLe[:, block.keys] += torch.bmm(weights.given.to(query.dtype).mT, do_BMe)

@@ -43,8 +43,17 @@ def available_memory(device: torch.device) -> int | None:
         except OSError:
             continue
         if most.isdigit():
-            found.append(max(int(most) - int(used), 0))
+            found.append(max(int(most) - int(used) + _reclaimable(Path("/sys/fs/cgroup", usage).parent), 0))
     return min(found)
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files in memory that a control group counts as used and would give up at once."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.split()[:1] in (["inactive_file"], ["total_inactive_file"]))
 
 
 def resident_memory() -> int:

@@ -77,7 +77,7 @@ class Stack:
 
 
 def stacks(edges: Sequence[int], heads: int, groups: int) -> list[Stack]:
-    """The segments of a flat batch, each in one stack.
+    """The segments of a flat batch, each in one stack; the stack that takes most memory is the last one.
 
     Args:
         edges: boundaries of the segments, ``0, l1, l1 + l2, ..., T``.
@@ -95,4 +95,4 @@ def stacks(edges: Sequence[int], heads: int, groups: int) -> list[Stack]:
         for first in range(0, len(segments), most):
             chosen = tuple(segments[first : first + most])
             found.append(Stack(chosen, max(end - begin for begin, end in chosen), groups))
-    return found
+    return sorted(found, key=lambda stack: len(stack.segments) * stack.length)

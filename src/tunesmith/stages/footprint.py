@@ -37,6 +37,7 @@ from tunesmith.model.settings import read_settings
 from tunesmith.model.source import locate
 from tunesmith.model.targets import decoder_layers
 from tunesmith.model.tuning import adapted, init_adapter
+from tunesmith.sampled import ends_only
 from tunesmith.train.optim.averaged import use_training_point
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.step import ComputeLoss
@@ -199,7 +200,8 @@ def _run(
     with torch.device("meta"):
         model = _tuned(config, base)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng(devices=[]), LiveBytes(fake) as live:  # attention dropout draws a seed on the host
+    seeds = torch.random.fork_rng(devices=[])  # attention dropout draws one on the host
+    with seeds, LiveBytes(fake) as live, ends_only():
         live.kind = "weights"
         make_fake(model, live, device)
         if (head := head_of(model)) is not None:

@@ -20,6 +20,7 @@ from tunesmith.data.streaming import ExampleStream
 from tunesmith.errors import ModelError, OutOfMemoryError
 from tunesmith.model.lineage import line_of
 from tunesmith.model.memory import GIB, allocator_slack, available_memory, resident_memory
+from tunesmith.model.precision import pick_device
 from tunesmith.model.settings import read_settings
 from tunesmith.model.source import locate
 from tunesmith.stages.footprint import Footprint, footprint
@@ -249,8 +250,25 @@ def heaviest_batch(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream
     loader = make_loader(rows, config.training, data_seed(config), not data.disable_shuffling, capacity)
     text = _settings(config)
     cost = Cost(_token_bytes(text), 8.0 * text.hidden_size, padded=config.model.attn_implementation != "auto")
+    if isinstance(rows, ExampleStream):
+        refuse_impossible(config, data.cutoff_len)
     batch = heaviest(loader, planned_updates(loader, config.training), cost, data.cutoff_len)
     return replace(batch, reference_2P=torch.zeros(2, round(batch.total_weight))) if isinstance(rows, Rows) else batch
+
+
+def refuse_impossible(config: RunConfig, longest: int) -> None:
+    """Refuse a batch of a stream whose embeddings alone would not fit, before it is made up.
+
+    Raises:
+        OutOfMemoryError: so it is.
+    """
+    size, available = config.training.per_device_train_batch_size, _available(pick_device())
+    needed = 4 * size * longest * _settings(config).hidden_size
+    if available is not None and needed > available:
+        raise OutOfMemoryError(
+            f"per_device_train_batch_size: {size} rows of up to {longest:,} tokens need {_gib(needed)} GiB for their "
+            f"embeddings alone, and {_gib(available)} GiB are there; take a smaller batch or cutoff_len"
+        )
 
 
 def _settings(config: RunConfig) -> PreTrainedConfig:
