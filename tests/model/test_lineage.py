@@ -264,3 +264,24 @@ def test_all_adapters_that_stay_are_frozen(tiny_model: Path, two: tuple[Path, Pa
     model = init_adapter(base, FinetuningArguments(), str(tiny_model), line_of(args))
     assert {"beneath0", "beneath1"} < set(model.peft_config)  # type: ignore[arg-type]
     assert {name.split(".")[-2] for name in trainable_parameters(model)} == {"default"}
+
+
+def test_rows_of_tokens_with_other_names_are_not_taken(settings: dict[str, Any], write_config: Any) -> None:
+    tunesmith("train", write_config({**settings, "add_tokens": ["<foo1>", "<foo2>"], "resize_vocab": True, "max_steps": 1}))
+    first = settings["output_dir"]
+    on = {**settings, "output_dir": f"{first}-on", "checkpoint_dir": first, "resize_vocab": True, "max_steps": 1}
+    done = tunesmith("train", write_config({**on, "add_tokens": ["<foo3>", "<foo4>"]}), check=False)
+    assert done.returncode == 2
+    assert "'<foo3>' would take the row" in done.stderr
+    tunesmith("train", write_config({**on, "add_tokens": ["<foo1>", "<foo2>"]}))
+
+
+def test_rows_beyond_the_positions_are_remarked_on(settings: dict[str, Any], write_config: Any) -> None:
+    config = Path(settings["model_name_or_path"]) / "config.json"
+    before = config.read_text(encoding="utf-8")
+    try:
+        config.write_text(json.dumps({**json.loads(before), "max_position_embeddings": 16}), encoding="utf-8")
+        done = tunesmith("train", write_config({**settings, "max_steps": 1}))
+    finally:
+        config.write_text(before, encoding="utf-8")
+    assert "the model was made for 16; set cutoff_len" in done.stdout

@@ -157,6 +157,10 @@ def read_weight_headers(folder: Path, single: str, index: str | None) -> dict[st
         ModelError: no safetensors, damaged ones, or an index that does not fit them.
     """
     if (folder / single).is_file():
+        if index is not None and (folder / index).is_file():
+            raise ModelError(
+                f"{folder}: holds {single} and shards ({index}), and nothing says which count; remove one of the two"
+            )
         return read_header(folder / single)
     if index is not None and (folder / index).is_file():
         return _read_shards(folder, folder / index)

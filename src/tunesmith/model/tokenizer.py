@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.config.arguments import ModelArguments
-from tunesmith.errors import ModelError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.files import CONFIG, read_json, vocabulary_size
 from tunesmith.model.settings import library_error
 from tunesmith.model.source import Source, locate
@@ -85,6 +85,30 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> Non
 def added_token_ids(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the tokens that the arguments add, sorted; rows of the embedding that must be learned."""
     return sorted({tokenizer.convert_tokens_to_ids(token) for token in (*args.add_tokens, *args.add_special_tokens)})
+
+
+def check_added_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], folder: Path) -> None:
+    """Refuse rows that an adapter learned for other tokens.
+
+    Args:
+        tokenizer: of the run.
+        ids: of the tokens that it adds.
+        folder: of an adapter that is gone on from.
+
+    Raises:
+        ConfigError: a token of the same number has another name there.
+    """
+    if not ids or not (folder / "tokenizer_config.json").is_file():
+        return
+    theirs = read_tokenizer(folder)
+    for number in ids:
+        here = tokenizer.convert_ids_to_tokens(number)
+        there = theirs.convert_ids_to_tokens(number) if number < len(theirs) else None
+        if here != there:
+            raise ConfigError(
+                f"add_tokens: {here!r} would take the row that the adapter in {folder} learned for {there!r}; give add_tokens "
+                "and add_special_tokens as its run had them"
+            )
 
 
 # ---- repairs

@@ -32,8 +32,9 @@ from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import find_output
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
+from tunesmith.model.settings import read_settings
 from tunesmith.model.source import Source, locate
-from tunesmith.model.tokenizer import added_token_ids, load_tokenizer
+from tunesmith.model.tokenizer import added_token_ids, check_added_tokens, load_tokenizer
 from tunesmith.model.trial import small_logits, try_adapter
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
@@ -97,6 +98,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         reporter.note(memory.said)
     set_seed(config.training.seed)
     dtype = resolve_dtype(config.compute_dtype, device)
+    if remark := beyond_positions(source.path, source.trusted, config.data.cutoff_len, train, held_out):
+        reporter.note(f"warning: {remark}")
     forward, attention = _model(config, line, source.name, tokenizer, dtype, device)
     if memory.recompute:
         recompute_activations(forward.model)
@@ -133,6 +136,17 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     return trainer(config.training, given), report
 
 
+def beyond_positions(
+    path: Path, trusted: bool, cutoff: int, *sets: Examples | Rows[PairExample] | ExampleStream | None
+) -> str | None:
+    """That the longest row has more tokens than the model was made for, or None."""
+    positions = getattr(read_settings(path, trusted).get_text_config(), "max_position_embeddings", None)
+    known = [cutoff if isinstance(rows, ExampleStream) else int(rows.lengths.max()) for rows in sets if rows is not None]
+    if not isinstance(positions, int) or max(known) <= positions:
+        return None
+    return f"the longest row has {max(known):,} tokens, and the model was made for {positions:,}; set cutoff_len to that"
+
+
 def _source(config: RunConfig, line: Line) -> Source:
     """Where the base is, its files checked."""
     source = locate(line.on(config.model))
@@ -151,6 +165,8 @@ def _tokenizer(config: RunConfig, line: Line, reporter: Reporter) -> PreTrainedT
         reporter.note(f"note: {note}")
     for sentence in no_effect(tokenizer, config.data.template_options):
         reporter.note(f"warning: {sentence}")
+    for folder in line.adapters:
+        check_added_tokens(tokenizer, added_token_ids(line.on(config.model), tokenizer), folder)
     return tokenizer
 
 
