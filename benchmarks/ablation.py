@@ -31,6 +31,7 @@ from tunesmith.model import attention, stacks
 from tunesmith.model.attention_kernel import PLAIN
 from tunesmith.model.attention_routes import Segments
 from tunesmith.model.builtin import fetch
+from tunesmith.model.fuse import unfuse
 from tunesmith.model.lora_kernel import remove_lora_kernel
 from tunesmith.stages.run import build_trainer
 from tunesmith.train.progress import SilentReporter
@@ -89,11 +90,17 @@ def without_stacks(trainer: PeftTrainer) -> Callable[[], None]:
     return back
 
 
+def without_fused(trainer: PeftTrainer) -> Callable[[], None]:
+    """The library's own norms and gated activations."""
+    return unfuse(trainer.model)
+
+
 TECHNIQUES = {
     "head in chunks, its gradient in the forward pass": without_head,
     "LoRA layers as one autograd function": without_lora,
     "attention by blocks (CPU)": without_attention,
     "short rows in stacks (CPU)": without_stacks,
+    "norms and gated activations fused": without_fused,
 }
 
 

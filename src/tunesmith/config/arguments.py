@@ -388,6 +388,15 @@ class TrainingArguments(Arguments):
         "auto",
         description="Recompute activations in the backward pass: less memory, slower. auto: only if it would not fit else.",
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile what layers do between matrix products and attention (needs a C++ compiler, or Triton on a GPU). "
+        "auto: on a CPU, if the run is long enough to win it back.",
+    )
+    use_liger_kernel: bool | Literal["auto"] = Field(
+        "auto",
+        description="Norms and gated layers by Liger's kernels. auto: on an NVIDIA GPU, if liger-kernel is installed.",
+    )
     check_memory: bool = Field(True, description="Refuse to begin a run that is planned to need more memory than there is.")
     bf16: bool = Field(False, description="Same as compute_dtype: bf16.")
     fp16: bool = Field(False, description="Same as compute_dtype: fp16 (with loss scaling).")

@@ -287,6 +287,8 @@ def _training_rules(training: TrainingArguments) -> Iterator[tuple[str, str]]:
         yield "eval_steps", "has no meaning with eval_strategy: epoch; remove one of them"
     if training.resume_from_checkpoint and training.overwrite_output_dir:
         yield "overwrite_output_dir", "cannot start anew and resume at once; remove one of the two keys"
+    if training.compile is True and training.use_liger_kernel is True:
+        yield "use_liger_kernel", "compile: true replaces the same layers; set one of them to false"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "output_dir", "started by a launcher with several processes (WORLD_SIZE > 1); this version trains in one process"
 

@@ -19,6 +19,12 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """For the log; of a CPU, with the number of threads (``OMP_NUM_THREADS`` sets it)."""
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run at full speed on ``device``."""
     if device.type == "cuda":

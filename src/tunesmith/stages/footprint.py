@@ -27,6 +27,7 @@ from tunesmith.model import attention
 from tunesmith.model.adapter import head_of, recompute_activations, set_head, trainable_parameters
 from tunesmith.model.attention import NotSegmentable
 from tunesmith.model.forward import FlatForward, other_layers
+from tunesmith.model.fuse import fuse
 from tunesmith.model.heads import ValueHead, head_width
 from tunesmith.model.lineage import continued_config, line_of
 from tunesmith.model.lora_kernel import install_lora_kernel
@@ -199,6 +200,7 @@ def _run(
 ) -> _Peaks:
     with torch.device("meta"):
         model = _tuned(config, base)
+    fuse(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     seeds = torch.random.fork_rng(devices=[])  # attention dropout draws one on the host
     with seeds, LiveBytes(fake) as live, ends_only():

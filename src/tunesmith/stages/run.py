@@ -30,7 +30,7 @@ from tunesmith.model.lineage import Line, line_of
 from tunesmith.model.load import load_base_model, prepare_flat
 from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import find_output
-from tunesmith.model.precision import pick_device, resolve_dtype
+from tunesmith.model.precision import device_name, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.settings import read_settings
 from tunesmith.model.source import Source, locate
@@ -39,6 +39,7 @@ from tunesmith.model.trial import small_logits, try_adapter
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.stages.dpo import PreferencePeftTrainer
+from tunesmith.stages.kernels import fuse_layers
 from tunesmith.stages.plan import decide
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.reference import referenced
@@ -103,9 +104,10 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     forward, attention = _model(config, line, source.name, tokenizer, dtype, device)
     if memory.recompute:
         recompute_activations(forward.model)
+    fuse_layers(config, train, forward, dtype, device, reporter)
     trainable, total = count_parameters(forward.model)
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
-    reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device}")
+    reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device_name(device)}")
     scores = config.finetuning.stage == "rm"
     output, reason = (None, "") if scores else find_output(forward, dtype)
     if output is None and not scores:

@@ -1,0 +1,71 @@
+"""The arithmetic of fused functions as torch's compiler makes it: one pass over the memory for each.
+
+What is compiled are the functions of ``model/fused.py``: what a decoder layer does between its matrix products and its
+attention, which are calls of libraries and would stay as they are. So one compilation serves all layers, whatever the number
+of tokens, and nothing of a batch (its row boundaries) or of an adapter is looked at by the compiler.
+
+Compiled code is kept in the cache between runs. The compiler's own store of graphs is not used, because it holds pickles; it
+would save one second of four.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+
+import torch
+
+from tunesmith.config.paths import cache_root
+from tunesmith.errors import ModelError
+from tunesmith.model.adapter import trainable_parameters, unwrap
+from tunesmith.model.forward import FlatForward, probe_batch
+from tunesmith.model.fused import PLAIN, Bodies, Kernels, kernels
+from tunesmith.model.precision import autocast
+
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable: where compiled code is kept."""
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which kernels for a CPU need: ``$CXX``, else ``g++`` or ``clang++``."""
+    return any(shutil.which(name) for name in ([os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
+
+
+def compiled() -> Kernels:
+    """Kernels that are compiled when they are called first."""
+    import torch._functorch.config as autograd
+    import torch._inductor.config as inductor
+
+    os.environ.setdefault(FOLDER, str(cache_root() / "compiled"))
+    autograd.enable_autograd_cache = False
+    inductor.fx_graph_cache = False
+    inductor.compile_threads = 1  # four small functions, one after the other
+    bodies = (getattr(PLAIN, field.name) for field in dataclasses.fields(PLAIN))
+    return kernels(Bodies(*(torch.compile(body, dynamic=True, fullgraph=True) for body in bodies)))
+
+
+def compile_now(forward: FlatForward, dtype: torch.dtype) -> None:
+    """Run a few tokens through the model, forwards and backwards, so that whatever it needs is compiled; it comes back as it was.
+
+    Args:
+        forward: of the model as it is trained, without gradients.
+        dtype: that training computes in.
+
+    Raises:
+        ModelError: the compiler does not work.
+    """
+    device, training = unwrap(forward.model).device, forward.model.training
+    batch = probe_batch(unwrap(forward.model))
+    forward.model.eval()
+    try:
+        with autocast(device, dtype):
+            total = forward.logits(batch).float().sum()
+        total.backward()
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"compile: torch's compiler failed: {reason}; set compile: false") from error
+    finally:
+        forward.model.train(training)
+        for parameter in trainable_parameters(forward.model).values():
+            parameter.grad = None
