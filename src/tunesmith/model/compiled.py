@@ -46,7 +46,7 @@ def compiled() -> Kernels:
 
 
 def compile_now(forward: FlatForward, dtype: torch.dtype) -> None:
-    """Run a few tokens through the model, forwards and backwards, so that whatever it needs is compiled; it comes back as it was.
+    """Run a few tokens through the model, forwards and backwards, so that what it needs is compiled; it comes back as it was.
 
     Args:
         forward: of the model as it is trained, without gradients.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -155,33 +156,30 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def _find_norm(module: torch.nn.Module) -> Norm | None:
-    own = dict(module.named_parameters())["weight"]
+    width = len(dict(module.named_parameters())["weight"])
+    weight = torch.nn.Parameter(torch.randn(width))
     trial = copy.copy(module)
-    trial._parameters = {"weight": torch.nn.Parameter(torch.randn(len(own)))}
+    trial._parameters = {"weight": weight}
     trial._forward_hooks, trial._forward_pre_hooks = type(trial._forward_hooks)(), type(trial._forward_pre_hooks)()
-    scales = torch.tensor([[1.0], [100.0], [3e-3], [1e-5]])
-    x = torch.randn(4, len(own)) * scales
-    grad = torch.randn(4, len(own))
+    x = torch.randn(4, width) * torch.tensor([[1.0], [100.0], [3e-3], [1e-5]])
+    grad = torch.randn(4, width)
     eps = _small_numbers(module)[0]
-    tried = [Norm(eps, offset, late) for offset in (0.0, 1.0) for late in (False, True)]
-    expected = _with_gradients(trial, trial.weight, x, grad)
-    near = [
-        how
-        for how in tried
-        if all(
-            map(
-                _near,
-                _with_gradients(lambda x, how=how: EAGER.norm(x, trial.weight, how), trial.weight, x, grad),
-                expected,
-            )
-        )
-    ]
-    rounded = trial.to(torch.bfloat16)
+    expected = _with_gradients(trial, weight, x, grad)
+    near = []
+    for how in (Norm(eps, offset, late) for offset in (0.0, 1.0) for late in (False, True)):
+        made = _with_gradients(partial(_own_norm, weight, how), weight, x, grad)
+        if all(map(_near, made, expected)):
+            near.append(how)
     with torch.no_grad():
-        wanted = rounded(x.bfloat16())
-        differ = {how: (EAGER.norm(x.bfloat16(), rounded.weight, how) != wanted).float().mean().item() for how in near}
-    # another order of the same sums may round one number in a hundred otherwise; rounding elsewhere changes a third of them
+        weight.data = weight.bfloat16()
+        wanted = trial(x.bfloat16())
+        differ = {how: (_own_norm(weight, how, x.bfloat16()) != wanted).float().mean().item() for how in near}
+    # another order of the same sums rounds few numbers otherwise, rounding at another place a third of them
     return min((how for how in near if differ[how] < 0.05), key=lambda how: differ[how], default=None)
+
+
+def _own_norm(weight: torch.Tensor, how: Norm, x: torch.Tensor) -> torch.Tensor:
+    return EAGER.norm(x, weight, how)
 
 
 def _with_gradients(

@@ -128,6 +128,7 @@ def _gated_halves(bodies: Bodies, both: torch.Tensor, activation: Activation) ->
 PLAIN = Bodies(norm_body, norm_back_body, gate_body, gate_back_body)
 EAGER = kernels(PLAIN)
 
+
 def _accurate(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 

@@ -22,13 +22,18 @@ from tunesmith.model.liger import liger, liger_version
 from tunesmith.train.progress import Reporter
 
 LONG = 1e15
-"""Planned products (4 for each parameter and token) from which ``compile: auto`` compiles on a CPU. Compiling takes 11 seconds of
-one core, the kernels save 3 % of a step: it is won back in 6 minutes, some 1e14 products of SmolLM2 at 0.3 TFLOP/s
+"""Planned operations (4 for each parameter and token) from which ``compile: auto`` compiles on a CPU. Compiling takes 11
+seconds of one core, and saves 3 % of a step: it is won back in 6 minutes, or 1e14 operations of SmolLM2 on that core
 (docs/LOG.md). This is ten times as much, for faster machines and smaller savings."""
 
 
 def fuse_layers(
-    config: RunConfig, rows: Examples | Rows[Any] | ExampleStream, forward: FlatForward, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    config: RunConfig,
+    rows: Examples | Rows[Any] | ExampleStream,
+    forward: FlatForward,
+    dtype: torch.dtype,
+    device: torch.device,
+    reporter: Reporter,
 ) -> None:
     """Let the norms and gated layers of a model run fused, as the configuration says.
 
@@ -49,9 +54,13 @@ def fuse_layers(
 def _takes_liger(config: RunConfig, device: torch.device) -> bool:
     asked = config.training.use_liger_kernel
     if asked is True and device.type != "cuda":
-        raise ConfigError(f"use_liger_kernel: true: Liger's kernels run on NVIDIA GPUs, and this run is on {device}; set it to auto")
+        raise ConfigError(
+            f"use_liger_kernel: true: Liger's kernels run on NVIDIA GPUs, and this run is on {device}; set it to auto"
+        )
     if asked is True and liger_version() is None:
-        raise ConfigError("use_liger_kernel: true: liger-kernel is not installed; pip install 'tunesmith[gpu]', or set it to auto")
+        raise ConfigError(
+            "use_liger_kernel: true: liger-kernel is not installed; pip install 'tunesmith[gpu]', or set it to auto"
+        )
     return asked is True or (
         asked == "auto" and device.type == "cuda" and config.training.compile is not True and liger_version() is not None
     )
@@ -75,8 +84,10 @@ def _counted(fused: Fused) -> str:
     return f"{fused.norms} norms and {fused.gates} gated layers"
 
 
-def _is_long(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream, model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether compiling for a CPU is won back for sure. It depends on the run alone, so that a continued one decides as before."""
+def _is_long(
+    config: RunConfig, rows: Examples | Rows[Any] | ExampleStream, model: torch.nn.Module, device: torch.device
+) -> bool:
+    """Whether compiling is won back for sure on a CPU; a matter of the run alone, so that a continued one decides as before."""
     if device.type != "cpu" or not has_compiler():
         return False
     return 4.0 * count_parameters(model)[1] * _planned_tokens(config, rows) >= LONG
