@@ -41,6 +41,7 @@ def test_compiled_kernels_train_as_the_librarys_layers_do(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     trainer = prepared(load_config(write_config({**settings, "compile": True, "compute_dtype": dtype}))[0])
     assert any((tmp_path / "compiled").rglob("*.so"))
     mine = loss_and_gradients(trainer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from tunesmith.config.paths import cache_root
 from tunesmith.errors import ModelError
 from tunesmith.model.adapter import trainable_parameters, unwrap
 from tunesmith.model.forward import FlatForward, probe_batch
-from tunesmith.model.fused import PLAIN, Bodies, Kernels, kernels
+from tunesmith.model.fused import PLAIN, Bodies, Body, Kernels, kernels
 from tunesmith.model.precision import autocast
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
@@ -41,8 +42,17 @@ def compiled() -> Kernels:
     autograd.enable_autograd_cache = False
     inductor.fx_graph_cache = False
     inductor.compile_threads = 1  # four small functions, one after the other
-    bodies = (getattr(PLAIN, field.name) for field in dataclasses.fields(PLAIN))
-    return kernels(Bodies(*(torch.compile(body, dynamic=True, fullgraph=True) for body in bodies)))
+    return kernels(Bodies(*(_compiled(getattr(PLAIN, field.name)) for field in dataclasses.fields(PLAIN))))
+
+
+def _compiled(body: Body) -> Body:
+    """One compilation, for tensors that require gradients or do not, and are views or are not."""
+    inner = torch.compile(body, dynamic=True, fullgraph=True)
+
+    def run(*values: Any) -> Any:
+        return inner(*(value.detach() if isinstance(value, torch.Tensor) else value for value in values))
+
+    return run
 
 
 def compile_now(forward: FlatForward, dtype: torch.dtype) -> None:
