@@ -391,4 +391,4 @@ def test_a_value_head_goes_along(trained: Any, tiny_model: Path, export_here: An
     with pytest.raises(ConfigError, match="value head, for which a GGUF file has no place"):
         export_here(run, gguf="f16", overwrite=True)
     kind = "lora" if adapter_only else "full"
-    torch.testing.assert_close(scores(output, kind), scores(run, "lora"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(output, kind), scores(run, "lora"), rtol=2e-6, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.conftest import SHARED
 from tunesmith.config.arguments import FinetuningArguments, ModelArguments
@@ -92,13 +92,13 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [0]
-    forward = LlamaMLP.forward
+    forward = LlamaAttention.forward
 
-    def counted(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+    def counted(self: LlamaAttention, *args: Any, **kwargs: Any) -> Any:
         calls[0] += self.training  # not the probes
-        return forward(self, x)
+        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setattr(LlamaAttention, "forward", counted)
     settings["lora_dropout"] = 0.1
     plain = history(settings, write_config, "plain")
     once, calls[0] = calls[0], 0

@@ -21,8 +21,6 @@ from tunesmith.stages import kernels
 from tunesmith.stages.run import build_trainer
 from tunesmith.train.progress import SilentReporter
 
-CPU = torch.device("cpu")
-
 
 class Notes(SilentReporter):
     def __init__(self) -> None:
@@ -93,10 +91,6 @@ def test_a_compiler_that_fails_ends_a_run_that_asked_for_it(
     trainer = build_trainer(load_config(write_config(settings))[0], reporter)[0]
     assert any(said.startswith("note: compile: torch's compiler failed") for said in reporter.said)
     loss_and_gradients(trainer)  # eager
-
-
-class StandIn(torch.nn.Module):
-    """A Llama-like layer's norm and gate, for kernels that are called and not looked at."""
 
 
 def stand_in(called: list[Any]) -> dict[str, ModuleType]:

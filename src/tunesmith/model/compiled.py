@@ -59,7 +59,7 @@ def compile_now(forward: FlatForward, dtype: torch.dtype) -> None:
     """Run a few tokens through the model, forwards and backwards, so that what it needs is compiled; it comes back as it was.
 
     Args:
-        forward: of the model as it is trained, without gradients.
+        forward: of the model as it is trained.
         dtype: that training computes in.
 
     Raises:
@@ -71,11 +71,9 @@ def compile_now(forward: FlatForward, dtype: torch.dtype) -> None:
     try:
         with autocast(device, dtype):
             total = forward.logits(batch).float().sum()
-        total.backward()
+        torch.autograd.grad(total, [*trainable_parameters(forward.model).values()], allow_unused=True)
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"compile: torch's compiler failed: {reason}; set compile: false") from error
     finally:
         forward.model.train(training)
-        for parameter in trainable_parameters(forward.model).values():
-            parameter.grad = None
