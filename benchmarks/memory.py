@@ -2,7 +2,7 @@
 
 For each run of a grid (tuning type x cutoff x batch x checkpointing), in two processes of its own: what ``tunesmith check``
 plans, and what training a whole epoch takes (``VmHWM``). Also how much a later batch took beyond the one that was tried
-beforehand. Exit status 1 if a plan is off by more than 10 %, or a later batch took over 3 % more.
+beforehand. Exit status 1 if a plan is off by more than 10 %, or a later batch took over 6 % more (what the allocator adds; its tensors never need more, tests/stages/test_plan.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MORE: dict[str, dict[str, Any]] = {
     "lora on int8": {"quantization_bit": 8, "packing": False, "per_device_train_batch_size": 2},
     "lora, padded": {"attn_implementation": "sdpa", "packing": False, "per_device_train_batch_size": 4},
 }
-_ALLOWED, _LATER = 0.10, 1.03
+_ALLOWED, _LATER = 0.10, 1.06
 
 
 def main() -> None:
