@@ -2,7 +2,8 @@
 
 For each run of a grid (tuning type x cutoff x batch x checkpointing), in two processes of its own: what ``tunesmith check``
 plans, and what training a whole epoch takes (``VmHWM``). Also how much a later batch took beyond the one that was tried
-beforehand. Exit status 1 if a plan is off by more than 10 %, or a later batch took over 6 % more (what the allocator adds; its tensors never need more, tests/stages/test_plan.py).
+beforehand. Exit status 1 if a plan is off by more than 10 %, or a later batch took over 6 % more (the allocator's share; that
+its tensors never need more is a test of ``tests/stages/test_plan.py``).
 """
 
 from __future__ import annotations
