@@ -65,7 +65,7 @@ def test_the_better_answer_comes_to_score_higher(rewarding: dict[str, Any], writ
 
 
 def test_the_result_scores_as_the_run_did(rewarding: dict[str, Any], write_config: Any) -> None:
-    tunesmith("train", write_config(rewarding))
+    assert "talk to it" not in tunesmith("train", write_config(rewarding)).stdout
     run = rewarding["output_dir"]
     args = ModelArguments(
         model_name_or_path=rewarding["model_name_or_path"], reward_model=run, reward_model_type="lora", compute_dtype="fp32"

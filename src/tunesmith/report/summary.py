@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.model.files import VALUE_HEAD
 from tunesmith.train.checkpoint import list_checkpoints
 from tunesmith.train.runfolder import LOSS_PLOT, read_results
 from tunesmith.train.runlog import LOG_NAME, read_log
@@ -34,7 +35,10 @@ def summarize(run: Path) -> Iterator[str]:
         yield f"  curve       {run / LOSS_PLOT}"
     if checkpoints := list_checkpoints(run):
         yield f"  checkpoints {', '.join(path.name for path in checkpoints)}"
-    yield f"talk to it:  tunesmith chat {run}"
+    if (run / VALUE_HEAD).is_file():
+        yield f"it scores:   reward_model: {run} (see Reward models in the guide)"
+    else:
+        yield f"talk to it:  tunesmith chat {run}"
 
 
 def _duration(seconds: float) -> str:
