@@ -162,12 +162,14 @@ class PairExample:
         chosen, rejected: the better and the worse one.
         source: the row they were made from.
         reference: log-probabilities of both answers under a reference model, where a loss needs them.
+        common: tokens that both begin with, fewer than the shorter one has.
     """
 
     chosen: Example
     rejected: Example
     source: Source
     reference: tuple[float, float] | None = None
+    common: int = 0
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -218,6 +220,8 @@ class Batch:
         total_weight: sum of the weights, what a token-level loss is divided by; of pairs, their number.
         reference_2P: float32 ``[2, P]``, log-probabilities of the better and of the worse answers of ``P`` pairs under a
             reference model; None: not needed.
+        begins_like: for each row ``(another row, tokens)``: so many first tokens of it, fewer than all, are those of the other
+            one, which begins like no further one; 0 tokens where there is none. Empty: there is none for any row.
     """
 
     input_ids_T: torch.Tensor
@@ -229,11 +233,17 @@ class Batch:
     weights_S: torch.Tensor | None = None
     total_weight: float = 0.0
     reference_2P: torch.Tensor | None = None
+    begins_like: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Real tokens in the batch; there are no others."""
         return sum(self.lengths)
+
+    @property
+    def num_repeated(self) -> int:
+        """Tokens that stand in the batch once more because rows begin alike."""
+        return sum(tokens for _, tokens in self.begins_like)
 
     @property
     def num_targets(self) -> int:

@@ -125,6 +125,18 @@ def test_log_probabilities_of_answers_by_hand() -> None:
     assert answer_logps(batch, logps, ld_alpha=0.5)[0].tolist() == [-1.0, -3.5]
 
 
+def test_shared_prompts_change_nothing(preferring: dict[str, Any], write_config: Any) -> None:
+    """Whole steps, references included; rows end to end, and padded."""
+    found = []
+    for changes in ({}, {"share_prompts": False}, {"attn_implementation": "eager"}):
+        trainer = built(preferring, write_config, pref_ftx=0.5, **changes)
+        results = [trainer.training_step(window) for window in islice(trainer.loader.windows(0), 3)]
+        found.append([(step.loss_sum / step.count, step.grad_norm) for step in results])
+        assert trainer.given.forward.share == (not changes)
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found[2]), torch.tensor(found[0]), rtol=1e-5, atol=1e-6)
+
+
 def test_one_by_one_is_as_together(preferring: dict[str, Any], write_config: Any) -> None:
     trainer = built(preferring, write_config)
     rows = trainer.given.train_examples
@@ -144,6 +156,7 @@ def test_one_by_one_is_as_together(preferring: dict[str, Any], write_config: Any
         ({"simpo_gamma": 1.0}, "simpo_gamma"),
         ({"packing": True}, "packing"),
         ({"stage": "sft", "pref_beta": 0.5}, "pref_beta"),
+        ({"stage": "sft", "pref_beta": 0.1, "share_prompts": False}, "share_prompts"),
     ],
 )
 def test_what_has_no_meaning_is_refused(

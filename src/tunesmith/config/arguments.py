@@ -299,6 +299,9 @@ class FinetuningArguments(Arguments):
     ref_model: str | None = Field(
         None, description="dpo: reference model (folder, hub id or run); the model as training begins if unset."
     )
+    share_prompts: bool = Field(
+        True, description="rm, dpo: compute once what both answers of a pair begin with, instead of once for each."
+    )
     reward_centering: float = Field(
         0.0, ge=0, description="rm: factor of (r_chosen + r_rejected)^2, which keeps rewards around 0 (0.01 is usual)."
     )

@@ -268,6 +268,8 @@ def _stage_rules(
     if stage == "dpo":
         yield from _preference_rules(finetuning)
     if stage not in ("rm", "dpo"):
+        if not finetuning.share_prompts:
+            yield "share_prompts", f"has no meaning with stage: {stage}, which has no pairs; remove the key"
         return
     if data.packing:
         yield (

@@ -21,7 +21,12 @@ def collate(examples: Sequence[Example] | Sequence[PairExample]) -> Batch:
         both = _join([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
         known = [pair.reference for pair in pairs if pair.reference is not None]
         assert len(known) in (0, len(pairs)), "some pairs have no reference"
-        return replace(both, total_weight=float(len(pairs)), reference_2P=torch.tensor(known).T if known else None)
+        return replace(
+            both,
+            total_weight=float(len(pairs)),
+            reference_2P=torch.tensor(known).T if known else None,
+            begins_like=(*((0, 0) for _ in pairs), *((row, pair.common) for row, pair in enumerate(pairs))),
+        )
     return _join([example for example in examples if isinstance(example, Example)])
 
 

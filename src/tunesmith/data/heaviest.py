@@ -26,15 +26,18 @@ class Cost:
         token: bytes of a token.
         target: bytes of a supervised token.
         padded: whether rows are padded to the longest of the batch.
+        shares: whether what rows begin with alike is computed once.
     """
 
     token: float
     target: float
     padded: bool
+    shares: bool = False
 
     def of(self, batch: Batch) -> float:
         """Bytes of a batch."""
         tokens = len(batch.lengths) * max(batch.lengths) if self.padded else batch.num_tokens
+        tokens -= batch.num_repeated if self.shares else 0
         return self.token * tokens + self.target * batch.num_targets
 
 
@@ -88,13 +91,14 @@ def _planned(loader: DataLoader, epochs: int, padded: bool) -> list[tuple[int, l
     return sorted(best, key=lambda entry: -entry[0])
 
 
-def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False) -> Batch:
+def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False, common: float = 0.0) -> Batch:
     """A batch of rows of these lengths, of token 0, with so many supervised tokens at their ends.
 
     Args:
         lengths: of the rows; of pairs, of the better answers, then of the others.
         targets: supervised tokens in all.
         pairs: whether two rows make one term of a loss.
+        common: share of the shorter row of a pair with which both begin.
     """
     rows = []
     for length, learned in zip(lengths, _shares(lengths, targets), strict=True):
@@ -104,7 +108,12 @@ def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False) -> Ba
     if not pairs:
         return collate(rows)
     count = len(rows) // 2
-    return collate([PairExample(a, b, a.source, (0.0, 0.0)) for a, b in zip(rows[:count], rows[count:], strict=True)])
+    return collate([_blank_pair(a, b, common) for a, b in zip(rows[:count], rows[count:], strict=True)])
+
+
+def _blank_pair(better: Example, worse: Example, common: float) -> PairExample:
+    shorter = min(len(better), len(worse))
+    return PairExample(better, worse, better.source, (0.0, 0.0), min(int(common * shorter), shorter - 1))
 
 
 def _shares(lengths: Sequence[int], targets: int) -> Iterator[int]:

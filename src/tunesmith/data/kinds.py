@@ -36,7 +36,20 @@ def pair_of(better: Learned, worse: Learned) -> PairExample:
     assert better.good
     assert not worse.good
     assert better.source == worse.source, (better.source, worse.source)
-    return PairExample(better.example(), worse.example(), better.source)
+    return PairExample(better.example(), worse.example(), better.source, common=common_tokens(better.ids, worse.ids))
+
+
+def common_tokens(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two rows begin with alike, the last one of the shorter row not counted.
+
+    Found on token ids, wherever the texts begin to differ: a prompt's end may be another token with another answer behind it.
+
+    Example:
+        ``[5, 6, 7]`` and ``[5, 6, 8, 9]`` -> 2; ``[5, 6]`` and ``[5, 6]`` -> 1.
+    """
+    most = min(len(one), len(other)) - 1
+    differing = np.flatnonzero(one[:most] != other[:most])
+    return int(differing[0]) if len(differing) else max(most, 0)
 
 
 def feedback_of(row: Learned) -> FeedbackExample:

@@ -1,7 +1,8 @@
 """Attention over rows laid end to end: each row attends to itself only, and nothing is padded.
 
 Registered with transformers' ``AttentionInterface`` under ``SEGMENTS``. The boundaries arrive as the field's usual
-``cu_seq_lens_q`` keyword, which models that support padding-free attention pass through their layers. What a layer does beside
+``cu_seq_lens_q`` keyword, which models that support padding-free attention pass through their layers; where rows go on from
+tokens that lie elsewhere (``shared.py``), those are in ``cu_seq_lens_k``. What a layer does beside
 looking back over its row arrives with its call: bounded scores, sinks, dropout. How far it looks is said by the mask that the
 model asks transformers for, of which only the size is made here; some models tell their layers of a window too, others do not.
 """
@@ -16,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from tunesmith.model.attention_kernel import Variant
 from tunesmith.model.attention_routes import Segments, compute
+from tunesmith.model.stacks import Span
 
 SEGMENTS = "tunesmith_segments"
 _HARMLESS = {
@@ -52,7 +54,8 @@ def segment_attention(
         sliding_window: tokens that a query sees at most, its own included.
         softcap: bound of the scores.
         s_aux: a score of each head that takes part in the softmax and gives nothing.
-        kwargs: must hold ``cu_seq_lens_q``, the row boundaries ``[0, l1, l1 + l2, ...]``.
+        kwargs: must hold ``cu_seq_lens_q``, the row boundaries ``[0, l1, l1 + l2, ...]``; ``cu_seq_lens_k`` are the same, or
+            ``[rows, 2]``, begin and end of the tokens elsewhere in the batch that come before those of each row.
 
     Returns:
         ``[1, T, heads, e]`` and no weights.
@@ -69,22 +72,38 @@ def segment_attention(
     window, chunk = _sizes(attention_mask)
     if sliding_window is not None and sliding_window != window:
         raise NotSegmentable(f"a layer is told to look back {sliding_window} tokens, its mask says {window or 'otherwise'}")
-    edges = boundaries.tolist()
-    if window is not None and window >= max(end - begin for begin, end in pairwise(edges)):
+    segments = _segments(boundaries, kwargs.get("cu_seq_lens_k"), chunk)
+    if window is not None and window >= segments.longest:
         window = None
-    if chunk is not None:
-        edges = [cut for begin, end in pairwise(edges) for cut in range(begin, end, chunk)] + edges[-1:]
     out = compute(
         query,
         key,
         value,
-        Segments(boundaries, edges),
+        segments,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         Variant(window, softcap, dropout),
         s_aux,
         say=module.training,
     )
     return out, None
+
+
+def _segments(boundaries: torch.Tensor, keys: torch.Tensor | None, chunk: int | None) -> Segments:
+    """The rows, cut into chunks that do not see each other if there are any."""
+    edges: list[int] = boundaries.tolist()
+    before: list[Span] = [(begin, end) for begin, end in keys.tolist()] if keys is not None and keys.ndim == 2 else []
+    if chunk is None:
+        return Segments(boundaries, edges, before)
+    cuts, earlier = [0], []
+    for (begin, end), (first, last) in zip(pairwise(edges), before or [(0, 0)] * (len(edges) - 1), strict=True):
+        place = last - first  # of the row's next token
+        while begin < end:
+            step = min(chunk - place % chunk, end - begin)
+            into = min(place % chunk, last - first)
+            earlier.append((last - into, last))
+            first, begin, place = last, begin + step, place + step
+            cuts.append(begin)
+    return Segments(boundaries, cuts, earlier if before else [])
 
 
 class NotSegmentable(RuntimeError):

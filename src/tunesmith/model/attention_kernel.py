@@ -26,7 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from tunesmith.model.stacks import stacks
+from tunesmith.model.stacks import Span, stacks
 from tunesmith.sampled import sampled
 
 _BLOCK = 64
@@ -62,8 +62,9 @@ def attend(
     scale: float,
     variant: Variant = PLAIN,
     sinks_h: torch.Tensor | None = None,
+    before: Sequence[Span] = (),
 ) -> torch.Tensor:
-    """Causal attention of each segment to itself.
+    """Causal attention of each segment to itself, and to what it goes on from.
 
     Args:
         query: ``[1, h, T, d]``.
@@ -73,6 +74,7 @@ def attend(
         scale: factor of the scores.
         variant: window, bound, dropout.
         sinks_h: a score for each query head that takes part beside those of the keys; None for none.
+        before: for each segment, begin and end of tokens elsewhere that come before its own; empty: none for any.
 
     Returns:
         ``[1, T, h, e]``, contiguous, in the dtype that autocast says, else that of the query.
@@ -81,7 +83,8 @@ def attend(
     query, key, value = as_autocast(query, key, value)
     seed = int(torch.randint(2**62, ())) if variant.dropout else 0
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores
-        out: torch.Tensor = _Attention.apply(query, key, value, sinks_h, edges, _Settings(scale, variant, seed))
+        settings = _Settings(tuple(edges), tuple(before), scale, variant, seed)
+        out: torch.Tensor = _Attention.apply(query, key, value, sinks_h, settings)
     return out
 
 
@@ -95,8 +98,10 @@ def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Factor of the scores, variant, seed of the dropout."""
+    """Segments, what each goes on from, factor of the scores, variant, seed of the dropout."""
 
+    edges: tuple[int, ...]
+    before: tuple[Span, ...]
     scale: float
     variant: Variant
     seed: int
@@ -110,26 +115,26 @@ class _Attention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks_h: torch.Tensor | None,
-        edges: Sequence[int],
         settings: _Settings,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, sinks_h)
-        ctx.stacks, ctx.settings = stacks(edges, query.shape[1], key.shape[1]), settings
+        ctx.stacks = stacks(settings.edges, query.shape[1], key.shape[1], settings.before)
+        ctx.settings = settings
         weigh, window = _Weigher(query, sinks_h, settings), settings.variant.window
         tiles = _TILES and query.dtype == torch.bfloat16 and sinks_h is None
         tiles = tiles and settings.variant.cap is None and not settings.variant.dropout
         out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         for stack in sampled(ctx.stacks):
-            q_BgLd, k_B1Ld, v_B1Le = stack.take(query), stack.take(key), stack.take(value)
+            q_BgLd, k_B1Ld, v_B1Le = stack.take(query), stack.take_keys(key), stack.take_keys(value)
             grouped = q_BgLd.shape[1]
-            if tiles and (window is None or stack.length <= window):
+            if tiles and not stack.earlier and (window is None or stack.length <= window):
                 o_BgLe = scaled_dot_product_attention(
                     q_BgLd, k_B1Ld, v_B1Le, is_causal=True, scale=settings.scale, enable_gqa=grouped > 1
                 )
             else:
                 o_BgLe = query.new_empty(*q_BgLd.shape[:3], value.shape[3])
                 exact_q, exact_k = q_BgLd.to(weigh.dtype), k_B1Ld[:, 0].to(weigh.dtype)
-                for block in sampled(_blocks(stack.length, window)):
+                for block in sampled(_blocks(stack.length, window, stack.earlier)):
                     given_BMN = weigh(exact_q, exact_k, block).given.to(value.dtype)
                     made_BMe = torch.bmm(given_BMN, v_B1Le[:, 0, block.keys])
                     o_BgLe[:, :, block.queries] = made_BMe.unflatten(1, (grouped, -1))
@@ -140,16 +145,19 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, sinks_h = ctx.saved_tensors
-        weigh = _Weigher(query, sinks_h, ctx.settings)
-        found = [_same_layout(tensor) for tensor in (query, key, value)]
+        weigh, several = _Weigher(query, sinks_h, ctx.settings), any(ctx.settings.before)
+        found = [_same_layout(query), *(_same_layout(t, weigh.dtype if several else t.dtype) for t in (key, value))]
+        if several:  # a key's gradient is a sum over segments
+            found[1].zero_()
+            found[2].zero_()
         lost_h = None if sinks_h is None else torch.zeros_like(sinks_h, dtype=weigh.dtype)
         for stack in sampled(ctx.stacks):
-            q_BgLd, k_BLd, v_BLe = stack.take(query), stack.take(key)[:, 0], stack.take(value)[:, 0]
+            q_BgLd, k_BLd, v_BLe = stack.take(query), stack.take_keys(key)[:, 0], stack.take_keys(value)[:, 0]
             do_BgLe = stack.take(grads[0].transpose(1, 2), blank=True)
             dq_BgLd = torch.empty_like(q_BgLd, memory_format=torch.contiguous_format)
             dk_BLd, dv_BLe = (torch.zeros_like(t, dtype=weigh.dtype) for t in (k_BLd, v_BLe))
             exact_q, exact_k = q_BgLd.to(weigh.dtype), k_BLd.to(weigh.dtype)
-            for block in sampled(_blocks(stack.length, ctx.settings.variant.window)):
+            for block in sampled(_blocks(stack.length, ctx.settings.variant.window, stack.earlier)):
                 weights = weigh(exact_q, exact_k, block, slope=True)
                 q_BMd, do_BMe = (t[:, :, block.queries].flatten(1, 2) for t in (q_BgLd, do_BgLe))
                 dv_BLe[:, block.keys] += torch.bmm(weights.given.to(query.dtype).mT, do_BMe)
@@ -163,14 +171,16 @@ class _Attention(torch.autograd.Function):
                 ds_BMN = ds_BMN.mul_(ctx.settings.scale).to(query.dtype)
                 dq_BgLd[:, :, block.queries] = torch.bmm(ds_BMN, k_BLd[:, block.keys]).unflatten(1, (q_BgLd.shape[1], -1))
                 dk_BLd[:, block.keys] += torch.bmm(ds_BMN.mT, q_BMd)
-            for made, whole in zip((dq_BgLd, dk_BLd[:, None], dv_BLe[:, None]), found, strict=True):
-                stack.put(made, whole)
-        return *found, None if sinks_h is None or lost_h is None else lost_h.neg().to(sinks_h.dtype), None, None
+            stack.put(dq_BgLd, found[0])
+            for made, whole in zip((dk_BLd[:, None], dv_BLe[:, None]), found[1:], strict=True):
+                (stack.add_keys if several else stack.put)(made, whole)
+        lost = None if sinks_h is None or lost_h is None else lost_h.neg().to(sinks_h.dtype)
+        return found[0], found[1].to(key.dtype), found[2].to(value.dtype), lost, None
 
 
-def _same_layout(tensor: torch.Tensor) -> torch.Tensor:
+def _same_layout(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Room for a gradient, ``[1, h, T, d]`` seen, tokens first in memory, as projections want it."""
-    return torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(tensor.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -189,12 +199,13 @@ class _Block:
     early: int | None
 
 
-def _blocks(length: int, window: int | None) -> Iterator[_Block]:
+def _blocks(length: int, window: int | None, earlier: int = 0) -> Iterator[_Block]:
+    """Blocks of a segment's queries, behind whose first one are ``earlier`` keys that are not of the segment."""
     for begin in range(0, length, _BLOCK):
         end = min(begin + _BLOCK, length)
-        first = 0 if window is None else max(begin - window + 1, 0)
-        early = None if window is None else first - (begin - window + 1)
-        yield _Block(slice(begin, end), slice(first, end), end - begin, early)
+        reach = 0 if window is None else earlier + begin - window + 1
+        first = max(reach, 0)
+        yield _Block(slice(begin, end), slice(first, earlier + end), end - begin, None if window is None else first - reach)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 ``own``: ``attention_kernel.py``, everywhere and for everything; what a CPU uses. ``varlen``: torch's variable-length attention,
 ``flash``: the package flash-attn, both for 16-bit numbers on CUDA GPUs that have them. ``masked``: the library's attention with
-a mask of blocks, on any other device. All see the same: each row itself only, up to its window.
+a mask of blocks, on any other device. All see the same: each row itself only, up to its window,
+and what it goes on from.
 
 ``T`` tokens of the flat batch, ``h`` query heads, ``k`` key heads, ``d`` width of a head.
 """
@@ -12,19 +13,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tunesmith.model.attention_kernel import Variant, as_autocast, attend
+from tunesmith.model.stacks import Span
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +53,29 @@ class Segments:
     Attributes:
         boundaries: ``[0, l1, l1 + l2, ...]`` as the model hands it on, on the host.
         edges: the same, or finer, as numbers.
+        before: for each segment the tokens elsewhere that it goes on from; empty: none for any.
     """
 
     boundaries: torch.Tensor
     edges: Sequence[int]
+    before: Sequence[Span] = ()
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest segment."""
-        return max((end - begin for begin, end in pairwise(self.edges)), default=0)
+        """Tokens of the longest segment, those that it goes on from included."""
+        return max(self.key_lengths, default=0)
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """Tokens of each segment, those that it goes on from included."""
+        own = [end - begin for begin, end in pairwise(self.edges)]
+        return [length + last - first for length, (first, last) in zip(own, self.before, strict=True)] if self.before else own
+
+    @property
+    def key_tokens(self) -> np.ndarray:
+        """Those tokens of all segments, one segment after the other."""
+        spans = zip(self.before, pairwise(self.edges), strict=True)
+        return np.concatenate([np.arange(*span) for both in spans for span in both])
 
     def shared(self, what: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What ``make`` made when this was first asked for this batch."""
@@ -69,7 +86,9 @@ class Segments:
         return made
 
 
-def route(query: torch.Tensor, value: torch.Tensor, variant: Variant, sinks_h: torch.Tensor | None) -> Route:
+def route(
+    query: torch.Tensor, value: torch.Tensor, variant: Variant, sinks_h: torch.Tensor | None, going_on: bool = False
+) -> Route:
     """Which kernel computes this: the fastest that can, by device, dtype, widths and variant.
 
     Args:
@@ -77,6 +96,7 @@ def route(query: torch.Tensor, value: torch.Tensor, variant: Variant, sinks_h: t
         value: ``[1, k, T, e]``.
         variant: window, bound, dropout.
         sinks_h: scores of sinks, or None.
+        going_on: whether segments go on from tokens elsewhere.
     """
     if query.device.type == "cpu" or sinks_h is not None:
         return "own"
@@ -87,7 +107,7 @@ def route(query: torch.Tensor, value: torch.Tensor, variant: Variant, sinks_h: t
             return "varlen"
         if modern and find_spec("flash_attn") is not None:
             return "flash"
-    return "own" if variant.cap is not None else "masked"
+    return "own" if variant.cap is not None or going_on else "masked"
 
 
 def compute(
@@ -116,11 +136,11 @@ def compute(
         ``[1, T, h, e]``.
     """
     query, key, value = as_autocast(query, key, value)
-    chosen = route(query, value, variant, sinks_h)
+    chosen = route(query, value, variant, sinks_h, bool(segments.before))
     if say:
         _say(chosen, query.device.type, str(query.dtype).removeprefix("torch."))
     if chosen == "own":
-        return attend(query, key, value, segments.edges, scale, variant, sinks_h)
+        return attend(query, key, value, segments.edges, scale, variant, sinks_h, segments.before)
     if chosen == "masked":
         return _masked(query, key, value, segments, scale, variant)
     return (_varlen if chosen == "varlen" else _flash)(query, key, value, segments, scale, variant)
@@ -152,11 +172,28 @@ def _whole_heads(query: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tens
     return [tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in tensors]
 
 
-def _bounds(query: torch.Tensor, segments: Segments) -> torch.Tensor:
-    edges = segments.edges
-    return segments.shared(
-        (query.device, len(edges)), lambda: torch.tensor(edges, dtype=torch.int32).to(query.device, non_blocking=True)
+def _bounds(query: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where segments of queries end, and of keys, on the device; both kernels align the last query with the last key."""
+
+    def made(lengths: Iterable[int]) -> torch.Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
+
+    count = len(segments.edges)
+    own = segments.shared((query.device, count), lambda: made(end - begin for begin, end in pairwise(segments.edges)))
+    if not segments.before:
+        return own, own
+    return own, segments.shared((query.device, count, "keys"), lambda: made(segments.key_lengths))
+
+
+def _keys(segments: Segments, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values, those that segments go on from repeated before each of them."""
+    if not segments.before:
+        return list(tensors)
+    device = tensors[0].device
+    tokens = segments.shared(
+        (device, len(segments.edges), "tokens"), lambda: torch.from_numpy(segments.key_tokens).to(device, non_blocking=True)
     )
+    return [tensor.index_select(2, tokens) for tensor in tensors]
 
 
 def _window(variant: Variant) -> tuple[int, int]:
@@ -173,10 +210,11 @@ def _varlen(
             grouped["enable_gqa"] = True
         else:
             key, value = _whole_heads(query, key, value)
-    bounds, longest = _bounds(query, segments), segments.longest
-    q_Thd, k_Tkd, v_Tkd = _flat(query, key, value)
+    own, keys = _bounds(query, segments)
+    q_Thd, k_Tkd, v_Tkd = _flat(query, *_keys(segments, key, value))
+    longest = segments.longest
     out_Thd = varlen_attn(
-        q_Thd, k_Tkd, v_Tkd, bounds, bounds, longest, longest, scale=scale, window_size=_window(variant), **grouped
+        q_Thd, k_Tkd, v_Tkd, own, keys, longest, longest, scale=scale, window_size=_window(variant), **grouped
     )
     assert isinstance(out_Thd, torch.Tensor)
     return out_Thd[None]
@@ -185,9 +223,10 @@ def _varlen(
 def _flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float, variant: Variant
 ) -> torch.Tensor:
-    bounds, longest = _bounds(query, segments), segments.longest
+    own, keys = _bounds(query, segments)
+    longest = segments.longest
     out_Thd: torch.Tensor = importlib.import_module("flash_attn").flash_attn_varlen_func(
-        *_flat(query, key, value), bounds, bounds, longest, longest,
+        *_flat(query, *_keys(segments, key, value)), own, keys, longest, longest,
         dropout_p=variant.dropout, softmax_scale=scale, causal=True, window_size=_window(variant), softcap=variant.cap or 0.0,
     )  # fmt: skip
     return out_Thd[None]

@@ -7,6 +7,7 @@ this module, with a message. The choice is not guessed from names: a probe runs 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapter import unwrap
 from tunesmith.model.attention import SEGMENTS, NotSegmentable, register
 from tunesmith.model.noise import EmbeddingNoise
+from tunesmith.model.shared import layout
 from tunesmith.types import Batch
 
 _PROBE_LENGTHS = (5, 3, 6)
@@ -33,11 +35,13 @@ class FlatForward:
         model: what is called; plain or adapted.
         segments: True to compute rows end to end, False to pad them.
         noise_alpha: strength of NEFTune's noise in training; None for none.
+        share: whether what rows of a batch begin with alike is computed once; of no effect where rows are padded.
     """
 
-    def __init__(self, model: Any, segments: bool, noise_alpha: float | None = None) -> None:
+    def __init__(self, model: Any, segments: bool, noise_alpha: float | None = None, share: bool = False) -> None:
         self.model = model
         self.segments = segments
+        self.share = share
         self._noise = EmbeddingNoise(unwrap(model).get_input_embeddings(), noise_alpha) if noise_alpha is not None else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
 
@@ -55,37 +59,42 @@ class FlatForward:
         """
         decoder = unwrap(self.model).get_decoder()
         if self.segments:
-            states_TH = _states(decoder(**self._flat_inputs(batch)))[0]
-            return states_TH[positions_P]
+            inputs, at_P = self._flat_inputs(batch, positions_P)
+            return _states(decoder(**inputs))[0, at_P]
         inputs, real_BL = self._padded_inputs(batch)
         return _states(decoder(**inputs))[real_BL][positions_P]
 
     def _flat(self, batch: Batch) -> torch.Tensor:
-        inputs = self._flat_inputs(batch)
+        inputs, at_S = self._flat_inputs(batch, batch.positions_S)
         if self._keeps_logits:
-            return self.model(**inputs, logits_to_keep=batch.positions_S).logits[0]
-        return self.model(**inputs).logits[0, batch.positions_S]
+            return self.model(**inputs, logits_to_keep=at_S).logits[0]
+        return self.model(**inputs).logits[0, at_S]
 
     def _padded(self, batch: Batch) -> torch.Tensor:
         inputs, real_BL = self._padded_inputs(batch)
         return self.model(**inputs).logits[real_BL][batch.positions_S]
 
-    def _flat_inputs(self, batch: Batch) -> dict[str, Any]:
+    def _flat_inputs(self, batch: Batch, positions_P: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """Keyword arguments, and where the positions are among the tokens that are computed."""
+        shared = layout(batch) if self.share else None
+        ids_T, places_T, lengths = batch.input_ids_T, batch.position_ids_T, batch.lengths
+        if shared is not None:
+            ids_T, places_T, lengths = ids_T[shared.tokens_T], places_T[shared.tokens_T], shared.lengths
+            positions_P = shared.places_V[positions_P]
         # the boundaries stay on the host: the attention function needs them as numbers
-        boundaries = torch.tensor((0, *batch.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        longest = max(batch.lengths)
+        boundaries = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         if self._noise:
-            lengths = torch.tensor(batch.lengths)
-            self._noise.lengths = lengths.repeat_interleave(lengths)[None]
-        return {
-            "input_ids": batch.input_ids_T[None],
-            "position_ids": batch.position_ids_T[None],
+            self._noise.lengths = torch.tensor(batch.lengths).repeat_interleave(torch.tensor(lengths))[None]
+        inputs = {
+            "input_ids": ids_T[None],
+            "position_ids": places_T[None],
             "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "cu_seq_lens_k": boundaries if shared is None else shared.before_B2,
+            "max_length_q": max(lengths),
+            "max_length_k": max(batch.lengths),
             "use_cache": False,
         }
+        return inputs, positions_P
 
     def _padded_inputs(self, batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
         """Keyword arguments, and which entries of the padded batch are real, ``[B, L]``."""
@@ -166,6 +175,32 @@ def _differences(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     model.set_attn_implementation(SEGMENTS)
     flat = FlatForward(model, segments=True).logits(batch).float()
     return ((flat - padded).norm(dim=-1) / padded.norm(dim=-1)).cpu()
+
+
+@torch.no_grad()
+def sharing_works(model: PreTrainedModel) -> bool:
+    """Whether rows that begin alike give what they give one by one.
+
+    Args:
+        model: on segment attention.
+    """
+    training, allowed = model.training, torch.tensor(_DIFFERENCE[model.dtype == torch.float32])
+    model.eval()
+    try:
+        for draw in range(_DRAWS):
+            batch = probe_batch(model, draw)
+            ids_T = batch.input_ids_T.clone()
+            ids_T[8:11] = ids_T[:3]
+            batch = replace(batch, input_ids_T=ids_T, begins_like=((0, 0), (0, 0), (0, 3)))
+            alone, together = (FlatForward(model, True, share=share).logits(batch).float() for share in (False, True))
+            differences = ((together - alone).norm(dim=-1) / alone.norm(dim=-1)).cpu()
+            if (torch.stack([differences.mean(), differences.max()]) <= allowed).all():
+                return True
+        return False
+    except (NotSegmentable, ValueError, TypeError, RuntimeError, IndexError):
+        return False
+    finally:
+        model.train(training)
 
 
 def other_layers(config: PreTrainedConfig) -> str:

@@ -18,7 +18,7 @@ from tunesmith.config.arguments import ModelArguments
 from tunesmith.errors import ModelError
 from tunesmith.model.adapter import load_finished
 from tunesmith.model.files import CONFIG
-from tunesmith.model.forward import segments_work
+from tunesmith.model.forward import segments_work, sharing_works
 from tunesmith.model.into_base import merge_into_base
 from tunesmith.model.library import quiet_library
 from tunesmith.model.precision import norms_to_float, pick_device, resolve_dtype
@@ -163,3 +163,16 @@ def prepare_flat(model: PreTrainedModel, args: ModelArguments) -> bool:
     if not works:
         log.warning("rows are padded for this model: %s", reason)
     return works
+
+
+def prepare_sharing(model: PreTrainedModel, segments: bool) -> bool:
+    """Whether rows that begin alike can share what they begin with; logs why not.
+
+    Args:
+        model: as ``prepare_flat`` left it.
+        segments: what that returned.
+    """
+    if segments and not sharing_works(model):
+        log.warning("common beginnings of rows are computed once for each: shared they give other logits with this model")
+        return False
+    return segments

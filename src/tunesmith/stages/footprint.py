@@ -227,7 +227,8 @@ def _run(
 
 def _ingredients(config: RunConfig, model: torch.nn.Module, flat: bool, device: torch.device) -> Ingredients:
     row = Learned(np.zeros(2, np.int32), ((0, 2, 1.0),), Source("", "", 0, 0))
-    forward, dtype = FlatForward(model, flat, config.training.neftune_noise_alpha), resolve_dtype(config.compute_dtype, device)
+    shares, dtype = flat and config.finetuning.share_prompts, resolve_dtype(config.compute_dtype, device)
+    forward = FlatForward(model, flat, config.training.neftune_noise_alpha, shares)
     install_lora_kernel(forward, dtype)
     return Ingredients(
         forward=forward,

@@ -30,7 +30,7 @@ from tunesmith.data.source import file_sha
 from tunesmith.errors import DataError, ModelError, NonFiniteError
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.lineage import Line
-from tunesmith.model.load import load_base_model, prepare_flat
+from tunesmith.model.load import load_base_model, prepare_flat, prepare_sharing
 from tunesmith.model.output import find_output
 from tunesmith.model.source import locate
 from tunesmith.model.tokenizer import load_tokenizer
@@ -104,7 +104,8 @@ def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
         own = config.model.model_name_or_path
         raise ModelError(f"ref_model: {name} has other tokens than {own}; take a model with the same tokenizer")
     model = load_base_model(args, given.compute_dtype, given.device, tokenizer)
-    forward = FlatForward(model, prepare_flat(model, args))
+    segments = prepare_flat(model, args)
+    forward = FlatForward(model, segments, share=config.finetuning.share_prompts and prepare_sharing(model, segments))
     return replace(given, forward=forward, output=find_output(forward, given.compute_dtype)[0])
 
 
@@ -125,7 +126,7 @@ def _facts(config: RunConfig, given: Ingredients, line: Line) -> dict[str, objec
         "tokens": [args.add_tokens, args.add_special_tokens],
         "quantisation": [args.quantization_bit, args.quantization_type, args.double_quantization],
         "dtype": str(given.compute_dtype),
-        "segments": given.forward.segments,
+        "segments": [given.forward.segments, given.forward.share],
         **start,
     }
 

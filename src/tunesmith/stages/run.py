@@ -27,7 +27,7 @@ from tunesmith.model.forward import FlatForward
 from tunesmith.model.heads import head_width, starting_head
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import Line, line_of
-from tunesmith.model.load import load_base_model, prepare_flat
+from tunesmith.model.load import load_base_model, prepare_flat, prepare_sharing
 from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import find_output
 from tunesmith.model.precision import device_name, pick_device, resolve_dtype
@@ -186,6 +186,7 @@ def _model(
     base = load_base_model(args, torch.float32 if full else dtype, device, tokenizer)
     attention = base.config._attn_implementation
     segments = prepare_flat(base, args)
+    shares = target_of(config) == PAIR.name and config.finetuning.share_prompts and prepare_sharing(base, segments)
     rows = trainable_rows(base, added_token_ids(args, tokenizer))
     fresh = is_quantised(base) and not line.adapters and config.finetuning.finetuning_type == "peft"
     base_logits = small_logits(FlatForward(base, segments), dtype) if fresh else None
@@ -193,7 +194,7 @@ def _model(
     if config.finetuning.stage == "rm":
         folders = [locate(args).path, *(ancestor.path for ancestor in line.ancestors)]
         set_head(model, starting_head(folders, head_width(base)))
-    forward = FlatForward(model, segments, config.training.neftune_noise_alpha)
+    forward = FlatForward(model, segments, config.training.neftune_noise_alpha, shares)
     install_lora_kernel(forward, dtype)
     try_adapter(forward, dtype, base_logits)
     return forward, attention
