@@ -1,12 +1,12 @@
-"""``python -m benchmarks [sft] ...``: see ``benchmarks/sft.py``; without a name, SFT against the bare loop."""
+"""``python -m benchmarks [sft|dpo|rm] ...``: see ``sft.py`` and ``pairs.py``; without a name, SFT against the bare loop."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import sft
+from benchmarks import pairs, sft
 
-NAMES = {"sft": sft.main}
+NAMES = {"sft": sft.main, "dpo": pairs.dpo, "rm": pairs.rm}
 
 
 def main() -> None:

@@ -24,14 +24,14 @@ class Contender:
     Attributes:
         name: as it is printed.
         command: that starts it.
-        seconds, tokens, losses: of each measured update.
+        ready: what it said when all was loaded.
+        answers: to each measured update.
     """
 
     name: str
     command: list[str]
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    ready: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
     _process: subprocess.Popen[str] | None = None
     _errors: IO[str] | None = None
 
@@ -41,7 +41,7 @@ class Contender:
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT, env=env
         )
-        self._answer()
+        self.ready = self._answer()
 
     def step(self, measured: bool) -> None:
         """Make an update."""
@@ -50,9 +50,7 @@ class Contender:
         self._process.stdin.flush()
         found = self._answer()
         if measured:
-            self.seconds.append(found["seconds"])
-            self.tokens.append(found["tokens"])
-            self.losses.append(found["loss"])
+            self.answers.append(found)
 
     def peak(self) -> float:
         """Highest resident memory of the process so far, MiB."""
@@ -67,6 +65,21 @@ class Contender:
             self._process.wait()
             assert self._errors is not None
             self._errors.close()
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each measured update."""
+        return [answer["seconds"] for answer in self.answers]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Real ones of each measured update."""
+        return [answer["tokens"] for answer in self.answers]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each measured update."""
+        return [answer["loss"] for answer in self.answers]
 
     @property
     def speed(self) -> float:
@@ -100,10 +113,8 @@ def trl_python() -> Path:
 
 
 def contender(name: str, script: str, arguments: list[str], python: Path | None = None) -> Contender:
-    """A contender of ``benchmarks/contenders``."""
-    if python is None:
-        return Contender(name, [sys.executable, "-m", f"benchmarks.contenders.{script}", *arguments])
-    return Contender(name, [str(python), str(ROOT / f"benchmarks/contenders/{script}.py"), *arguments])
+    """A contender of ``benchmarks/contenders``, run by another Python where that is given."""
+    return Contender(name, [str(python or sys.executable), "-m", f"benchmarks.contenders.{script}", *arguments])
 
 
 def take_turns(contenders: list[Contender], warm_up: int, rounds: int, threads: int) -> dict[str, float]:

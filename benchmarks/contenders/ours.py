@@ -9,21 +9,25 @@ from tunesmith import process
 process.prepare(sys.orig_argv)
 
 import json  # noqa: E402
+import os  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from itertools import takewhile  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 
 def main() -> None:
     """Answer each line with an update."""
     from tunesmith.config.load import load_config
     from tunesmith.model.library import quiet_library
-    from tunesmith.stages.run import build_trainer
+    from tunesmith.stages import run
     from tunesmith.train.progress import SilentReporter
 
     quiet_library()
     model, rows, unit = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TUNESMITH_HOME"] = scratch  # nothing computed before is found
         settings = {
             "model_name_or_path": model, "dataset": str(rows), "output_dir": f"{scratch}/run",
             "compute_dtype": "bf16", "per_device_train_batch_size": unit["batch"], "cutoff_len": unit["cutoff"],
@@ -31,15 +35,35 @@ def main() -> None:
             "gradient_checkpointing": False, **unit["settings"],
         }  # fmt: skip
         config, _ = load_config(None, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-        trainer, _ = build_trainer(config, SilentReporter())
+        referenced, once = run.referenced, 0.0
+
+        def timed(*args: Any) -> Any:
+            nonlocal once
+            began = time.perf_counter()
+            found = referenced(*args)
+            once = time.perf_counter() - began
+            return found
+
+        run.referenced = timed
+        trainer, _ = run.build_trainer(config, SilentReporter())
         trainer.model.train()
-        print(json.dumps({"ready": "tunesmith"}), flush=True)
-        for (window, _), _ in zip(trainer.loader.onward(0, 0, {}), sys.stdin, strict=False):
+        print(json.dumps({"ready": "tunesmith", "once": once, "pairs": unit["steps"] * unit["batch"]}), flush=True)
+        for number, ((window, _), _) in enumerate(zip(trainer.loader.onward(0, 0, {}), sys.stdin, strict=False)):
             began = time.perf_counter()
             result = trainer.training_step(window)
             seconds = time.perf_counter() - began
-            answer = {"seconds": seconds, "tokens": result.num_tokens, "loss": result.loss_sum / result.count}
-            print(json.dumps(answer), flush=True)
+            counted = _counted(trainer, number) if "stage" in unit["settings"] else {"tokens": result.num_tokens}
+            print(json.dumps({"seconds": seconds, **counted, "loss": result.loss_sum / result.count}), flush=True)
+
+
+def _counted(trainer: Any, number: int) -> dict[str, int]:
+    """Tokens of both sides of a window's pairs, and how many of them a pair has in common at the beginning of both."""
+    examples, size = trainer.given.train_examples, trainer.loader.batch_size
+    first = number % len(trainer.loader) * size
+    pairs = [examples[index] for index in range(first, min(first + size, len(examples)))]
+    sides = [zip(pair.chosen.input_ids, pair.rejected.input_ids, strict=False) for pair in pairs]
+    common = [sum(1 for _ in takewhile(lambda two: two[0] == two[1], side)) for side in sides]
+    return {"tokens": sum(len(pair) for pair in pairs), "common": sum(common)}
 
 
 if __name__ == "__main__":
