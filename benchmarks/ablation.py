@@ -4,7 +4,8 @@ One model, the same weights, rows and order; each batch is computed (forward and
 techniques before the next; which comes first goes round. Ratios are medians over batches of the time without a technique by
 the time with all of them. ``--clock cpu`` counts the processor's time instead of the wall's, for machines that others use too.
 Keys are those of ``tunesmith train``; the work unit is SmolLM2-135M, LoRA rank 8 on all linear layers, bf16, batch 4, cutoff
-1024.
+1024. With ``stage=dpo`` or ``stage=rm`` (and a data set of pairs) what pairs alone have comes besides; the tokens of a pair's
+prompt count twice then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import ROOT
@@ -33,12 +35,16 @@ from tunesmith.model.attention_routes import Segments
 from tunesmith.model.builtin import fetch
 from tunesmith.model.fuse import unfuse
 from tunesmith.model.lora_kernel import remove_lora_kernel
+from tunesmith.stages.pairs import answer_logps
 from tunesmith.stages.run import build_trainer
+from tunesmith.stages.scores import batch_logprobs
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.trainer import PeftTrainer
-from tunesmith.types import Batch
+from tunesmith.types import Batch, LossOutput
 
 WARM_UP = 2
+Technique = Callable[[PeftTrainer], Callable[[], None]]
+"""Switches a technique off; what it returns switches it on again."""
 
 
 def without_head(trainer: PeftTrainer) -> Callable[[], None]:
@@ -95,13 +101,37 @@ def without_fused(trainer: PeftTrainer) -> Callable[[], None]:
     return unfuse(trainer.model)
 
 
-TECHNIQUES = {
+def without_reference(trainer: PeftTrainer) -> Callable[[], None]:
+    """The reference asked again in every step, by the model without its adapters."""
+    given, compute = trainer.given, trainer.compute_loss
+
+    def asked(batch: Batch) -> LossOutput:
+        assert isinstance(trainer.model, PeftModel), "the reference is what is beneath the adapters"
+        with torch.no_grad(), trainer.model.disable_adapter():
+            sums_R, _ = answer_logps(batch, batch_logprobs(given, batch), given.finetuning.ld_alpha)
+        return compute(dataclasses.replace(batch, reference_2P=torch.stack(sums_R.chunk(2))))
+
+    trainer.compute_loss = asked  # type: ignore[method-assign]
+
+    def back() -> None:
+        del trainer.compute_loss
+
+    return back
+
+
+TECHNIQUES: dict[str, Technique] = {
     "head in chunks, its gradient in the forward pass": without_head,
     "LoRA layers as one autograd function": without_lora,
     "attention by blocks (CPU)": without_attention,
     "short rows in stacks (CPU)": without_stacks,
     "norms and gated activations fused": without_fused,
 }
+OF_STAGES: dict[str, dict[str, Technique]] = {
+    "dpo": {"log-probabilities of the reference kept": without_reference},
+    "rm": {},
+}
+NOT_USED = {"rm": {"head in chunks, its gradient in the forward pass"}}
+"""A reward model has no output head."""
 
 
 def main() -> None:
@@ -116,15 +146,18 @@ def main() -> None:
         settings = {
             "model_name_or_path": str(fetch("smollm2-135m")), "dataset": str(ROOT / "examples/data/general.jsonl"),
             "output_dir": f"{scratch}/run", "compute_dtype": "bf16", "per_device_train_batch_size": 4, "cutoff_len": 1024,
-            "learning_rate": 1e-4, "max_steps": 1000, "disable_shuffling": True, "truncation": "keep_start",
+            "learning_rate": 1e-4, "max_steps": WARM_UP + args.steps, "disable_shuffling": True, "truncation": "keep_start",
         }  # fmt: skip
         config, _ = load_config(None, [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *args.keys])
         trainer, _ = build_trainer(config, SilentReporter())
     trainer.model.train()
-    sets: dict[str, tuple[Callable[[PeftTrainer], Callable[[], None]], ...]] = {
+    stage = config.finetuning.stage
+    techniques = {name: off for name, off in TECHNIQUES.items() if name not in NOT_USED.get(stage, ())}
+    techniques |= OF_STAGES.get(stage, {})
+    sets: dict[str, tuple[Technique, ...]] = {
         "all": (),
-        **{f"without {name}": (off,) for name, off in TECHNIQUES.items()},
-        "none": tuple(TECHNIQUES.values()),
+        **{f"without {name}": (off,) for name, off in techniques.items()},
+        "none": tuple(techniques.values()),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sets}
     losses: dict[str, list[float]] = {name: [] for name in sets}

@@ -106,6 +106,7 @@ def table(contenders: list[Contender], peaks: dict[str, float], batch: int) -> l
             "tokens_per_update": round(sum(one.tokens) / len(one.tokens)),
             "mean_loss": round(sum(one.losses) / len(one.losses), 4),
             "largest_loss_gap": round(loss_gap(ours, one), 4),
+            "losses": [round(loss, 4) for loss in one.losses],
         })  # fmt: skip
     return rows
 
