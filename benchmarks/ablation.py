@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import ROOT
 from tunesmith.config.load import load_config
 from tunesmith.model import attention, stacks
+from tunesmith.model.adapter import trainable_parameters
 from tunesmith.model.attention_kernel import PLAIN
 from tunesmith.model.attention_routes import Segments
 from tunesmith.model.builtin import fetch
@@ -70,10 +71,10 @@ def without_attention(trainer: PeftTrainer) -> Callable[[], None]:
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, *rest: Any, **say: Any
     ) -> torch.Tensor:
         assert rest == (PLAIN, None), "the library has no such attention"
-        parts = [
-            scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True)
-            for a, b in pairwise(segments.edges)
-        ]
+        own = [*pairwise(segments.edges)]
+        spans = zip(own, segments.before or [(0, 0)] * len(own), strict=True)
+        parts = [_library(q[:, :, a:b], *(torch.cat([t[:, :, c:d], t[:, :, a:b]], 2) for t in (k, v)), scale)
+                 for (a, b), (c, d) in spans]  # fmt: skip
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
     own = attention.compute
@@ -83,6 +84,13 @@ def without_attention(trainer: PeftTrainer) -> Callable[[], None]:
         attention.compute = own
 
     return back
+
+
+def _library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The last ``q.shape[2]`` of the rows' positions ask; a mask only where there are others."""
+    length, keys = q.shape[2], k.shape[2]
+    mask = None if length == keys else torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
 
 
 def without_stacks(trainer: PeftTrainer) -> Callable[[], None]:
@@ -99,6 +107,17 @@ def without_stacks(trainer: PeftTrainer) -> Callable[[], None]:
 def without_fused(trainer: PeftTrainer) -> Callable[[], None]:
     """The library's own norms and gated activations."""
     return unfuse(trainer.model)
+
+
+def without_sharing(trainer: PeftTrainer) -> Callable[[], None]:
+    """What both rows of a pair begin with computed for each."""
+    forward = trainer.given.forward
+    forward.share = False
+
+    def back() -> None:
+        forward.share = True
+
+    return back
 
 
 def without_reference(trainer: PeftTrainer) -> Callable[[], None]:
@@ -119,6 +138,7 @@ def without_reference(trainer: PeftTrainer) -> Callable[[], None]:
     return back
 
 
+SHARING = "common beginnings of pairs computed once"
 TECHNIQUES: dict[str, Technique] = {
     "head in chunks, its gradient in the forward pass": without_head,
     "LoRA layers as one autograd function": without_lora,
@@ -127,8 +147,8 @@ TECHNIQUES: dict[str, Technique] = {
     "norms and gated activations fused": without_fused,
 }
 OF_STAGES: dict[str, dict[str, Technique]] = {
-    "dpo": {"log-probabilities of the reference kept": without_reference},
-    "rm": {},
+    "dpo": {SHARING: without_sharing, "log-probabilities of the reference kept": without_reference},
+    "rm": {SHARING: without_sharing},
 }
 NOT_USED = {"rm": {"head in chunks, its gradient in the forward pass"}}
 """A reward model has no output head."""
@@ -153,7 +173,9 @@ def main() -> None:
     trainer.model.train()
     stage = config.finetuning.stage
     techniques = {name: off for name, off in TECHNIQUES.items() if name not in NOT_USED.get(stage, ())}
-    techniques |= OF_STAGES.get(stage, {})
+    if stage in OF_STAGES:
+        techniques |= OF_STAGES[stage]
+        _leave_the_start(trainer)
     sets: dict[str, tuple[Technique, ...]] = {
         "all": (),
         **{f"without {name}": (off,) for name, off in techniques.items()},
@@ -180,6 +202,14 @@ def main() -> None:
         ratio = statistics.median(slow / fast for slow, fast in zip(times, seconds["all"], strict=True))
         gap = max(abs(a - b) / abs(b) for a, b in zip(losses[name], losses["all"], strict=True))
         print(f"{name:58} {tokens / sum(times):6.0f} tokens/s  all is {ratio:.2f} x as fast  losses differ by {gap:.1e}")
+
+
+def _leave_the_start(trainer: PeftTrainer) -> None:
+    """What begins at 0 (second factors of adapters, the head) makes every loss ln 2, whatever is computed."""
+    torch.manual_seed(0)
+    for parameter in trainable_parameters(trainer.model).values():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.01)
 
 
 def _compute(trainer: PeftTrainer, batch: Batch) -> float:

@@ -12,7 +12,6 @@ import json  # noqa: E402
 import os  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from itertools import takewhile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -48,22 +47,12 @@ def main() -> None:
         trainer, _ = run.build_trainer(config, SilentReporter())
         trainer.model.train()
         print(json.dumps({"ready": "tunesmith", "once": once, "pairs": unit["steps"] * unit["batch"]}), flush=True)
-        for number, ((window, _), _) in enumerate(zip(trainer.loader.onward(0, 0, {}), sys.stdin, strict=False)):
+        for (window, _), _ in zip(trainer.loader.onward(0, 0, {}), sys.stdin, strict=False):
             began = time.perf_counter()
             result = trainer.training_step(window)
             seconds = time.perf_counter() - began
-            counted = _counted(trainer, number) if "stage" in unit["settings"] else {"tokens": result.num_tokens}
-            print(json.dumps({"seconds": seconds, **counted, "loss": result.loss_sum / result.count}), flush=True)
-
-
-def _counted(trainer: Any, number: int) -> dict[str, int]:
-    """Tokens of both sides of a window's pairs, and how many of them a pair has in common at the beginning of both."""
-    examples, size = trainer.given.train_examples, trainer.loader.batch_size
-    first = number % len(trainer.loader) * size
-    pairs = [examples[index] for index in range(first, min(first + size, len(examples)))]
-    sides = [zip(pair.chosen.input_ids, pair.rejected.input_ids, strict=False) for pair in pairs]
-    common = [sum(1 for _ in takewhile(lambda two: two[0] == two[1], side)) for side in sides]
-    return {"tokens": sum(len(pair) for pair in pairs), "common": sum(common)}
+            answer = {"seconds": seconds, "tokens": result.num_tokens, "loss": result.loss_sum / result.count}
+            print(json.dumps({**answer, "common": sum(batch.num_repeated for batch in window)}), flush=True)
 
 
 if __name__ == "__main__":
