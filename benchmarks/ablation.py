@@ -154,6 +154,12 @@ NOT_USED = {"rm": {"head in chunks, its gradient in the forward pass"}}
 """A reward model has no output head."""
 
 
+def techniques_of(stage: str) -> dict[str, Technique]:
+    """Those that a stage has."""
+    common = {name: off for name, off in TECHNIQUES.items() if name not in NOT_USED.get(stage, ())}
+    return common | OF_STAGES.get(stage, {})
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation")
@@ -171,11 +177,9 @@ def main() -> None:
         config, _ = load_config(None, [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *args.keys])
         trainer, _ = build_trainer(config, SilentReporter())
     trainer.model.train()
-    stage = config.finetuning.stage
-    techniques = {name: off for name, off in TECHNIQUES.items() if name not in NOT_USED.get(stage, ())}
-    if stage in OF_STAGES:
-        techniques |= OF_STAGES[stage]
-        _leave_the_start(trainer)
+    techniques = techniques_of(config.finetuning.stage)
+    if config.finetuning.stage in OF_STAGES:
+        leave_the_start(trainer)
     sets: dict[str, tuple[Technique, ...]] = {
         "all": (),
         **{f"without {name}": (off,) for name, off in techniques.items()},
@@ -204,7 +208,7 @@ def main() -> None:
         print(f"{name:58} {tokens / sum(times):6.0f} tokens/s  all is {ratio:.2f} x as fast  losses differ by {gap:.1e}")
 
 
-def _leave_the_start(trainer: PeftTrainer) -> None:
+def leave_the_start(trainer: PeftTrainer) -> None:
     """What begins at 0 (second factors of adapters, the head) makes every loss ln 2, whatever is computed."""
     torch.manual_seed(0)
     for parameter in trainable_parameters(trainer.model).values():
