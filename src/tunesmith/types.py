@@ -177,11 +177,21 @@ class PairExample:
 
 @dataclass(frozen=True, slots=True)
 class FeedbackExample:
-    """A tokenised dialogue whose last turn is good or bad."""
+    """A tokenised dialogue whose last turn is good or bad.
+
+    Attributes:
+        example: the dialogue; its last turn alone is supervised.
+        desirable: whether that turn is good.
+        source: the row it was made from.
+        mismatched: the same prompt with the answer of another row, where a loss asks how far the model has gone.
+        reference: log-probabilities of the answer, and of the mismatched one, under a reference model, where a loss needs them.
+    """
 
     example: Example
     desirable: bool
     source: Source
+    mismatched: Example | None = None
+    reference: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.example)
@@ -217,11 +227,13 @@ class Batch:
         lengths: tokens of each example; sums to ``T``.
         sources: the rows, in the order of ``lengths``.
         weights_S: float32 ``[S]``, factor of each token's loss; None: all 1.
-        total_weight: sum of the weights, what a token-level loss is divided by; of pairs, their number.
+        total_weight: sum of the weights, what a token-level loss is divided by; of pairs and feedback, their number.
         reference_2P: float32 ``[2, P]``, log-probabilities of the better and of the worse answers of ``P`` pairs under a
-            reference model; None: not needed.
+            reference model, or of the answers and the mismatched ones of ``P`` rows of feedback; None: not needed.
         begins_like: for each row ``(another row, tokens)``: so many first tokens of it, fewer than all, are those of the other
             one, which begins like no further one; 0 tokens where there is none. Empty: there is none for any row.
+        desirable_P: bool ``[P]``, of feedback: whether the answer is good.
+        mismatched: of feedback: the prompts with the answers of other rows.
     """
 
     input_ids_T: torch.Tensor
@@ -234,6 +246,8 @@ class Batch:
     total_weight: float = 0.0
     reference_2P: torch.Tensor | None = None
     begins_like: tuple[tuple[int, int], ...] = ()
+    desirable_P: torch.Tensor | None = None
+    mismatched: Batch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -260,6 +274,8 @@ class Batch:
             targets_S=self.targets_S.to(device, non_blocking=True),
             weights_S=None if self.weights_S is None else self.weights_S.to(device, non_blocking=True),
             reference_2P=None if self.reference_2P is None else self.reference_2P.to(device, non_blocking=True),
+            desirable_P=None if self.desirable_P is None else self.desirable_P.to(device, non_blocking=True),
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
         )
 
 

@@ -29,6 +29,7 @@ from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.model.library import quiet_library
 from tunesmith.model.precision import pick_device
 from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.stages.kto import balanced
 from tunesmith.stages.plan import heaviest_batch, plan_run, refuse_impossible
 from tunesmith.stages.run import TRAINERS
 from tunesmith.types import Batch, Source
@@ -157,6 +158,9 @@ def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokeni
         return
     checked.lengths = _lengths(*np.unique(mixed.lengths, return_counts=True))
     checked.plan = _plan(config, rows, evaluated)
+    if config.finetuning.stage == "kto" and isinstance(rows, Rows) and rows.kind.name == "feedback":
+        config, sentence = balanced(config, rows)
+        checked.notes.append(sentence)
     if not isinstance(rows, Rows) or rows.kind.name == target_of(config):
         _look_at_memory(config, heaviest_batch(config, rows), checked)
 

@@ -55,6 +55,9 @@ def _weighted(value: Any) -> Any:
     return {name.strip(): weight.strip() if colon else 1.0 for name, colon, weight in parts}
 
 
+ClassWeight = Annotated[float, Field(gt=0)] | Literal["balanced"]
+"""Weight of one of two classes, or what makes both count alike."""
+
 NameList = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 """A list of names; a YAML list or one string with commas."""
 
@@ -279,17 +282,19 @@ DataTrainingArguments = DataArguments
 class FinetuningArguments(Arguments):
     """What is trained."""
 
-    stage: Literal["pt", "sft", "rm", "dpo"] = Field(
+    stage: Literal["pt", "sft", "rm", "dpo", "kto"] = Field(
         "sft",
         description="Training stage. pt: pretraining on plain text. sft: supervised fine-tuning on dialogues. rm: reward model "
-        "on preference pairs. dpo: preference pairs learned directly (see pref_loss).",
+        "on preference pairs. dpo: preference pairs learned directly (see pref_loss). kto: single answers found good or bad.",
     )
     pref_loss: Annotated[dict[str, float], BeforeValidator(_weighted)] = Field(
         {"sigmoid": 1.0},
         description="dpo: loss, or several with their weights (sigmoid: 1, sft: 0.2). Names: see the guide.",
     )
-    pref_beta: float = Field(0.1, gt=0, description="dpo: strength of the loss; how far from the reference.")
-    pref_ftx: float = Field(0.0, ge=0, description="dpo: weight of the chosen answer's own loss (-log p, its tokens' mean).")
+    pref_beta: float = Field(0.1, gt=0, description="dpo, kto: strength of the loss; how far from the reference.")
+    pref_ftx: float = Field(
+        0.0, ge=0, description="dpo, kto: weight of the chosen (good) answer's own loss (-log p, its tokens' mean)."
+    )
     dpo_label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: share of pairs that are labelled wrongly.")
     simpo_gamma: float = Field(0.5, ge=0, description="dpo: margin of pref_loss: simpo.")
     discopop_tau: float = Field(0.05, gt=0, description="dpo: temperature of pref_loss: discopop.")
@@ -297,11 +302,20 @@ class FinetuningArguments(Arguments):
         None, ge=0, le=1, description="dpo: weight of the tokens by which one answer is longer than the other (LD-DPO)."
     )
     ref_model: str | None = Field(
-        None, description="dpo: reference model (folder, hub id or run); the model as training begins if unset."
+        None, description="dpo, kto: reference model (folder, hub id or run); the model as training begins if unset."
     )
     share_prompts: bool = Field(
         True, description="rm, dpo: compute once what both answers of a pair begin with, instead of once for each."
     )
+    kto_loss: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto",
+        description="kto: measured from how far the model has gone on answers to other prompts (arXiv 2402.01306). "
+        "apo_zero_unpaired: measured from 0 (arXiv 2408.06266).",
+    )
+    kto_chosen_weight: ClassWeight = Field(
+        1.0, description="kto: weight of good answers. balanced: all of them together count as much as all bad ones."
+    )
+    kto_rejected_weight: ClassWeight = Field(1.0, description="kto: weight of bad answers, or balanced.")
     reward_centering: float = Field(
         0.0, ge=0, description="rm: factor of (r_chosen + r_rejected)^2, which keeps rewards around 0 (0.01 is usual)."
     )

@@ -232,11 +232,12 @@ def _learning_rules(data: DataArguments, finetuning: FinetuningArguments) -> Ite
 
 
 _OF_STAGE = {
-    "rm": ("reward_centering",),
-    "dpo": (
-        "pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "discopop_tau", "ld_alpha", "ref_model",
-    ),
-}  # fmt: skip
+    "reward_centering": ("rm",),
+    **dict.fromkeys(("pref_loss", "dpo_label_smoothing", "simpo_gamma", "discopop_tau", "ld_alpha"), ("dpo",)),
+    **dict.fromkeys(("pref_beta", "pref_ftx", "ref_model"), ("dpo", "kto")),
+    **dict.fromkeys(("kto_loss", "kto_chosen_weight", "kto_rejected_weight"), ("kto",)),
+}
+"""Key -> stages that heed it."""
 
 
 def _preference_rules(finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
@@ -261,23 +262,24 @@ def _stage_rules(
     data: DataArguments, finetuning: FinetuningArguments, training: TrainingArguments | None
 ) -> Iterator[tuple[str, str]]:
     stage = finetuning.stage
-    for other, keys in _OF_STAGE.items():
-        for key in keys if other != stage else ():
-            if getattr(finetuning, key) != _default(finetuning, key):
-                yield key, f"has no meaning with stage: {stage}, only with stage: {other}; remove the key"
+    for key, stages in _OF_STAGE.items():
+        if stage not in stages and getattr(finetuning, key) != _default(finetuning, key):
+            yield key, f"has no meaning with stage: {stage}, only with stage: {' or '.join(stages)}; remove the key"
     if stage == "dpo":
         yield from _preference_rules(finetuning)
-    if stage not in ("rm", "dpo"):
-        if not finetuning.share_prompts:
-            yield "share_prompts", f"has no meaning with stage: {stage}, which has no pairs; remove the key"
+    if stage == "kto" and finetuning.kto_chosen_weight == finetuning.kto_rejected_weight == "balanced":
+        yield "kto_rejected_weight", "one class is balanced against the other; give one of the two weights as a number"
+    if stage not in ("rm", "dpo") and not finetuning.share_prompts:
+        yield "share_prompts", f"has no meaning with stage: {stage}, which has no pairs; remove the key"
+    if stage not in ("rm", "dpo", "kto"):
         return
     if data.packing:
         yield (
             "packing",
-            f"pairs are not packed in stage {stage}, and nothing is padded all the same; remove the key",
+            f"rows are not packed in stage {stage}, and nothing is padded all the same; remove the key",
         )
     if data.streaming:
-        yield "streaming", f"stage {stage} reads prepared pairs; remove the key"
+        yield "streaming", f"stage {stage} reads prepared rows; remove the key"
     if stage == "rm" and training is not None and training.sample_prompts:
         yield "sample_prompts", "a reward model answers nothing; remove the key"
 

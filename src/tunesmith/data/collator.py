@@ -8,14 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tunesmith.types import IGNORE_INDEX, Batch, Example, PairExample
+from tunesmith.types import IGNORE_INDEX, Batch, Example, FeedbackExample, PairExample
 
 
-def collate(examples: Sequence[Example] | Sequence[PairExample]) -> Batch:
+def collate(examples: Sequence[Example | PairExample | FeedbackExample]) -> Batch:
     """Join examples into one flat batch; positions restart with each of them.
 
-    Of ``n`` pairs it has 2n rows, the better answers first, and counts n: a pair is one term of a loss.
+    Of ``n`` pairs it has 2n rows, the better answers first, and counts n: a pair is one term of a loss. Of feedback it has
+    a row for each, and those with mismatched answers in a batch of their own, because they are run without gradients.
     """
+    if feedback := [example for example in examples if isinstance(example, FeedbackExample)]:
+        return _feedback(feedback)
     pairs = [example for example in examples if isinstance(example, PairExample)]
     if pairs:
         both = _join([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
@@ -28,6 +31,19 @@ def collate(examples: Sequence[Example] | Sequence[PairExample]) -> Batch:
             begins_like=(*((0, 0) for _ in pairs), *((row, pair.common) for row, pair in enumerate(pairs))),
         )
     return _join([example for example in examples if isinstance(example, Example)])
+
+
+def _feedback(rows: Sequence[FeedbackExample]) -> Batch:
+    mismatched = [row.mismatched for row in rows if row.mismatched is not None]
+    known = [row.reference for row in rows if row.reference is not None]
+    assert {len(mismatched), len(known)} <= {0, len(rows)}, "some rows have no mismatched answer or no reference"
+    return replace(
+        _join([row.example for row in rows]),
+        total_weight=float(len(rows)),
+        reference_2P=torch.tensor(known).T if known else None,
+        desirable_P=torch.tensor([row.desirable for row in rows]),
+        mismatched=_join(mismatched) if mismatched else None,
+    )
 
 
 def _join(examples: Sequence[Example]) -> Batch:

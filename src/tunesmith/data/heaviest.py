@@ -10,7 +10,8 @@ import numpy as np
 
 from tunesmith.data.collator import collate
 from tunesmith.data.loader import DataLoader, StreamLoader, lengths_of
-from tunesmith.types import IGNORE_INDEX, Batch, Example, PairExample, Source
+from tunesmith.data.sniff import Target
+from tunesmith.types import IGNORE_INDEX, Batch, Example, FeedbackExample, PairExample, Source
 
 _READ = 64
 """Micro-batches that are looked at; the others have fewer tokens."""
@@ -91,13 +92,13 @@ def _planned(loader: DataLoader, epochs: int, padded: bool) -> list[tuple[int, l
     return sorted(best, key=lambda entry: -entry[0])
 
 
-def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False, common: float = 0.0) -> Batch:
+def blank_batch(lengths: Sequence[int], targets: int, kind: Target = "conversation", common: float = 0.0) -> Batch:
     """A batch of rows of these lengths, of token 0, with so many supervised tokens at their ends.
 
     Args:
         lengths: of the rows; of pairs, of the better answers, then of the others.
         targets: supervised tokens in all.
-        pairs: whether two rows make one term of a loss.
+        kind: what they are; of pairs, two rows make one term of a loss.
         common: share of the shorter row of a pair with which both begin.
     """
     rows = []
@@ -105,7 +106,9 @@ def blank_batch(lengths: Sequence[int], targets: int, pairs: bool = False, commo
         labels = np.full(length, IGNORE_INDEX, dtype=np.int32)
         labels[length - learned :] = 0
         rows.append(Example(np.zeros(length, np.int32), labels, Source("planned", "planned", 0, 0)))
-    if not pairs:
+    if kind == "feedback":
+        return collate([FeedbackExample(row, True, row.source, None, (0.0, 0.0)) for row in rows])
+    if kind != "pair":
         return collate(rows)
     count = len(rows) // 2
     return collate([_blank_pair(a, b, common) for a, b in zip(rows[:count], rows[count:], strict=True)])

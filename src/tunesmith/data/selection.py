@@ -33,6 +33,11 @@ class Selection(Lazy[Example]):
         return self._gather([s.lengths for s in self.sets])
 
     @property
+    def good(self) -> np.ndarray:
+        """Whether each row is a good or the better answer, bool ``[N]``."""
+        return self._gather([s.good for s in self.sets]).astype(bool)
+
+    @property
     def rows(self) -> np.ndarray:
         """A number for each example's row, the same for all views of a row and for rows drawn twice, int64 ``[N]``."""
         numbers = [_numbered(s.rows) for s in self.sets]

@@ -267,6 +267,11 @@ class TokenSet(Lazy[Example]):
         return np.diff(learned[self._span_ends], prepend=0)
 
     @property
+    def good(self) -> np.ndarray:
+        """Whether each row is a good or the better answer, bool ``[N]``."""
+        return self._columns["good"].astype(bool)
+
+    @property
     def rows(self) -> np.ndarray:
         """A number for each example's row, the same for all views of a row, int64 ``[N]``."""
         places = self._columns["places"].reshape(-1, 3)

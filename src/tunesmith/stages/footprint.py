@@ -215,8 +215,8 @@ def _run(
         _mark(live, base, trainer)
         use_training_point(trainer.optimizer)
         model.train()
-        pairs = TARGETS[config.finetuning.stage] == "pair"
-        loss, small = _in_phases(live, trainer), blank_batch((_SMALL, _SMALL), 2 * _SMALL - 2, pairs).to(device)
+        rows = TARGETS[config.finetuning.stage]
+        loss, small = _in_phases(live, trainer), blank_batch((_SMALL, _SMALL), 2 * _SMALL - 2, rows).to(device)
         trainer.updater.update([small], loss, 1)  # makes the optimizer's state
         state = Counter({"optimizer": live.live["optimizer"]})
         live.peaks.clear()

@@ -204,7 +204,7 @@ def _with_changes(config: RunConfig, trainer: type[PeftTrainer], plan: MemoryPla
 
 def _alternatives(config: RunConfig, batch: Batch) -> Iterator[tuple[str, RunConfig, Batch]]:
     training, tuning, lengths = config.training, config.finetuning, batch.lengths
-    pairs, common = TARGETS[tuning.stage] == "pair", 2 * batch.num_repeated / batch.num_tokens
+    kind, common = TARGETS[tuning.stage], 2 * batch.num_repeated / batch.num_tokens
     if training.gradient_checkpointing is not True:
         yield "gradient_checkpointing: true", _with(config, gradient_checkpointing=True), batch
     size = training.per_device_train_batch_size
@@ -213,13 +213,13 @@ def _alternatives(config: RunConfig, batch: Batch) -> Iterator[tuple[str, RunCon
         steps = training.gradient_accumulation_steps * size // half
         kept = sorted(lengths)[-max(len(lengths) * half // size, 1) :]
         changed = _with(config, per_device_train_batch_size=half, gradient_accumulation_steps=steps)
-        fewer = blank_batch(kept, batch.num_targets * sum(kept) // sum(lengths), pairs, common)
+        fewer = blank_batch(kept, batch.num_targets * sum(kept) // sum(lengths), kind, common)
         yield f"per_device_train_batch_size: {half} and gradient_accumulation_steps: {steps}", changed, fewer
     if max(lengths) > 64:
         cut = max(lengths) // 2
         shorter = [min(length, cut) for length in lengths]
         targets = batch.num_targets * sum(shorter) // sum(lengths)
-        yield f"cutoff_len: {cut}", config, blank_batch(shorter, targets, pairs, common)
+        yield f"cutoff_len: {cut}", config, blank_batch(shorter, targets, kind, common)
     if tuning.finetuning_type == "full":
         yield "finetuning_type: lora", config.model_copy(update={"finetuning": _as_lora(config)}), batch
     if tuning.finetuning_type == "lora" and config.model.quantization_bit is None:

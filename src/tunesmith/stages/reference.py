@@ -1,4 +1,4 @@
-"""Log-probabilities of both answers of pairs under a reference model: computed once, before the first update, and kept on disk.
+"""Log-probabilities of answers under a reference model: computed once, before the first update, and kept on disk.
 
 The reference is the model as training begins, earlier adapters and trained weights included, or another one that is named.
 Either way no second model is in memory while training runs, and in a second epoch or a second run nothing is computed again.
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from tunesmith.config.preferences import REFERENCE_FREE_LOSSES
 from tunesmith.data.collator import collate
 from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import DataLoader, make_loader, planned_updates, visited
+from tunesmith.data.mismatched import MismatchedFeedback
 from tunesmith.data.prepare import data_seed
 from tunesmith.data.source import file_sha
 from tunesmith.errors import DataError, ModelError, NonFiniteError
@@ -38,37 +40,42 @@ from tunesmith.stages.pairs import answer_logps
 from tunesmith.stages.scores import batch_logprobs
 from tunesmith.train.progress import Reporter
 from tunesmith.train.trainer import Ingredients
-from tunesmith.types import PairExample
+from tunesmith.types import Batch, FeedbackExample, PairExample
 
 _SAVED_EVERY = 64
 """Batches after which what has been computed is written."""
 
 
-class ReferencedPairs(Rows[PairExample]):
-    """Pairs with their reference log-probabilities.
+K = TypeVar("K", bound=PairExample | FeedbackExample)
+
+
+class Referenced(Rows[K]):
+    """Pairs or feedback with their reference log-probabilities.
 
     Args:
-        rows: the pairs.
-        table: float32 ``[N, 2]``; not a number where it was not asked for.
+        rows: the pairs or the feedback.
+        table: float32 ``[N, 2]``: of both answers of a pair, of the answer and the mismatched one of feedback; not a number
+            where it was not asked for.
     """
 
-    def __init__(self, rows: Rows[PairExample], table: np.ndarray) -> None:
+    def __init__(self, rows: Rows[K], table: np.ndarray) -> None:
         assert table.shape == (len(rows), 2), (table.shape, len(rows))
         super().__init__(rows.selection, rows.kind)
+        self.rows = rows
         self.table = table
 
-    def item(self, index: int) -> PairExample:
-        """A pair."""
-        chosen, rejected = self.table[index].tolist()
-        assert not math.isnan(chosen), f"pair {index} has no reference"
-        return replace(super().item(index), reference=(chosen, rejected))
+    def item(self, index: int) -> K:
+        """A row."""
+        first, second = self.table[index].tolist()
+        assert not math.isnan(first), f"row {index} has no reference"
+        return replace(self.rows.item(index), reference=(first, second))
 
 
 def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients:
-    """The ingredients with pairs that know what the reference says of them, where the losses of a run ask for it.
+    """The ingredients with rows that know what the reference says of them, where the losses of a run ask for it.
 
     Args:
-        config: of the run, of a stage that learns pairs.
+        config: of the run, of a stage that learns pairs or feedback.
         given: the model as training begins.
         line: what it goes on from.
 
@@ -76,20 +83,27 @@ def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients
         ModelError: ``ref_model`` cannot be loaded.
         DataError, NonFiniteError: as ``with_reference``.
     """
-    tuning, training, train = config.finetuning, config.training, given.train_examples
-    if set(tuning.pref_loss) <= REFERENCE_FREE_LOSSES:
+    tuning, training = config.finetuning, config.training
+    if tuning.stage == "dpo" and set(tuning.pref_loss) <= REFERENCE_FREE_LOSSES:
         return given
+    train, held_out = (_mismatched(config, rows) for rows in (given.train_examples, given.eval_examples))
     assert isinstance(train, Rows)
     loader = make_loader(train, training, data_seed(config), given.shuffle, None)
     assert isinstance(loader, DataLoader)
     size = training.per_device_train_batch_size
     reference = Reference(_answering(config, given), _facts(config, given, line), tuning.ld_alpha, size)
     needed = visited(loader, planned_updates(loader, training))
-    pairs = with_reference(train, needed, reference, given.reporter)
-    held_out = given.eval_examples
+    known = with_reference(train, needed, reference, given.reporter)
     if isinstance(held_out, Rows):
         held_out = with_reference(held_out, np.arange(len(held_out)), reference, given.reporter)
-    return replace(given, train_examples=pairs, eval_examples=held_out)
+    return replace(given, train_examples=known, eval_examples=held_out)
+
+
+def _mismatched(config: RunConfig, rows: Any) -> Any:
+    """Feedback with mismatched answers, where its loss asks for them; anything else as it is."""
+    if rows is None or config.finetuning.stage != "kto" or config.finetuning.kto_loss != "kto":
+        return rows
+    return MismatchedFeedback(rows, data_seed(config), config.data.cutoff_len)
 
 
 def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
@@ -139,7 +153,7 @@ class Reference:
         given: the reference model, ready for flat batches.
         facts: all that its answers depend on beside the rows.
         ld_alpha: share of the tokens by which one answer is longer (see ``answer_logps``).
-        batch_size: pairs in a batch.
+        batch_size: rows in a batch.
     """
 
     given: Ingredients
@@ -148,11 +162,11 @@ class Reference:
     batch_size: int
 
 
-def with_reference(rows: Rows[PairExample], needed: np.ndarray, reference: Reference, reporter: Reporter) -> ReferencedPairs:
-    """The pairs with the reference's log-probabilities.
+def with_reference(rows: Rows[K], needed: np.ndarray, reference: Reference, reporter: Reporter) -> Referenced[K]:
+    """The rows with the reference's log-probabilities.
 
     Args:
-        rows: the pairs.
+        rows: pairs or feedback.
         needed: numbers of those that will be asked for.
         reference: who answers.
         reporter: told how far it is.
@@ -166,17 +180,17 @@ def with_reference(rows: Rows[PairExample], needed: np.ndarray, reference: Refer
     table = _read(file, len(rows))
     missing = needed[np.isnan(table[needed]).any(axis=1)]
     if len(missing):
-        reporter.note(f"reference: log-probabilities of {len(missing):,} pairs are computed once and kept")
+        reporter.note(f"reference: log-probabilities of {len(missing):,} rows are computed once and kept")
         for count, _ in enumerate(_compute(rows, missing, reference, table), 1):
             if count % _SAVED_EVERY == 0:
                 _write(file, table)
         _write(file, table)
-    return ReferencedPairs(rows, table)
+    return Referenced(rows, table)
 
 
 @torch.no_grad()
-def _compute(rows: Rows[PairExample], missing: np.ndarray, reference: Reference, table: np.ndarray) -> Iterator[None]:
-    """Fill the table, the longest pairs first; yields after each batch."""
+def _compute(rows: Rows[K], missing: np.ndarray, reference: Reference, table: np.ndarray) -> Iterator[None]:
+    """Fill the table, the longest rows first; yields after each batch."""
     model, given = reference.given.forward.model, reference.given
     order: Sequence[int] = missing[np.argsort(-rows.lengths[missing], kind="stable")].tolist()
     training = model.training
@@ -185,14 +199,24 @@ def _compute(rows: Rows[PairExample], missing: np.ndarray, reference: Reference,
         for begin in range(0, len(order), reference.batch_size):
             chosen = order[begin : begin + reference.batch_size]
             batch = collate([rows[index] for index in chosen]).to(given.device)
-            sums_R, _ = answer_logps(batch, batch_logprobs(given, batch), reference.ld_alpha)
-            if not bool(sums_R.isfinite().all()):
+            logps_2P = _logps(given, batch, reference.ld_alpha)
+            if not bool(logps_2P.isfinite().all()):
                 where = ", ".join(str(source) for source in batch.sources[: len(chosen)])
                 raise NonFiniteError(f"the reference gives a log-probability that is not finite. Rows: {where}")
-            table[chosen] = torch.stack(sums_R.chunk(2), dim=1).float().cpu().numpy()
+            table[chosen] = logps_2P.T.float().cpu().numpy()
             yield
     finally:
         model.train(training)
+
+
+def _logps(given: Ingredients, batch: Batch, ld_alpha: float | None) -> torch.Tensor:
+    """``[2, P]``: of both answers of each pair; of feedback, of the answer and the mismatched one (0 where there is none)."""
+    sums_R, _ = answer_logps(batch, batch_logprobs(given, batch), ld_alpha)
+    if batch.desirable_P is None:
+        return torch.stack(sums_R.chunk(2))
+    if batch.mismatched is None:
+        return torch.stack([sums_R, torch.zeros_like(sums_R)])
+    return torch.stack([sums_R, answer_logps(batch.mismatched, batch_logprobs(given, batch.mismatched))[0]])
 
 
 def _read(file: Path, count: int) -> np.ndarray:

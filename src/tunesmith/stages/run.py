@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
-from tunesmith.data.kinds import PAIR, Rows
+from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.named import use_template
 from tunesmith.data.prepare import load_examples, target_of
 from tunesmith.data.prepare import load_rows as load_kind
@@ -40,6 +41,7 @@ from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.stages.dpo import PreferencePeftTrainer
 from tunesmith.stages.kernels import fuse_layers
+from tunesmith.stages.kto import FeedbackPeftTrainer, balanced
 from tunesmith.stages.plan import decide
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.reference import referenced
@@ -61,13 +63,13 @@ from tunesmith.train.runfolder import (
     write_results,
 )
 from tunesmith.train.trainer import Ingredients, PeftTrainer
-from tunesmith.types import PairExample
 
 TRAINERS: dict[str, type[PeftTrainer]] = {
     "pt": PretrainPeftTrainer,
     "sft": Seq2SeqPeftTrainer,
     "rm": PairwisePeftTrainer,
     "dpo": PreferencePeftTrainer,
+    "kto": FeedbackPeftTrainer,
 }
 """Stage -> trainer."""
 
@@ -93,6 +95,10 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     train, held_out = load_rows(config, tokenizer, report)
     for sentence in report.found if isinstance(train, ExampleStream) else report.lines():
         reporter.note(f"data: {sentence}")
+    if config.finetuning.stage == "kto":
+        assert isinstance(train, Rows)
+        config, sentence = balanced(config, train)
+        reporter.note(sentence)
     trainer, device = TRAINERS[config.finetuning.stage], pick_device()
     memory = decide(config, trainer, train, device)
     if memory.said:
@@ -133,14 +139,12 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         },
         heaviest=memory.rehearsed,
     )
-    if config.finetuning.stage == "dpo":
+    if config.finetuning.stage in ("dpo", "kto"):
         given = referenced(config, given, line)
     return trainer(config.training, given), report
 
 
-def beyond_positions(
-    path: Path, trusted: bool, cutoff: int, *sets: Examples | Rows[PairExample] | ExampleStream | None
-) -> str | None:
+def beyond_positions(path: Path, trusted: bool, cutoff: int, *sets: Examples | Rows[Any] | ExampleStream | None) -> str | None:
     """That the longest row has more tokens than the model was made for, or None."""
     positions = getattr(read_settings(path, trusted).get_text_config(), "max_position_embeddings", None)
     known = [cutoff if isinstance(rows, ExampleStream) else int(rows.lengths.max()) for rows in sets if rows is not None]
@@ -202,14 +206,14 @@ def _model(
 
 def load_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport
-) -> tuple[Examples | Rows[PairExample] | ExampleStream, Examples | Rows[PairExample] | None]:
+) -> tuple[Examples | Rows[Any] | ExampleStream, Examples | Rows[Any] | None]:
     """(train, eval) rows of a configuration, as its stage needs them, stored or streamed.
 
     Raises:
         DataError, TemplateError: data or tokenizer cannot be used.
     """
-    if target_of(config) == PAIR.name:
-        return load_kind(config, tokenizer, report, PAIR)
+    if kind := KINDS.get(target_of(config)):
+        return load_kind(config, tokenizer, report, kind)
     return (load_stream if config.data.streaming else load_examples)(config, tokenizer, report)
 
 
@@ -264,11 +268,11 @@ def with_date(config: RunConfig, resumed: Path | None) -> RunConfig:
 def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
     state, given = trainer.state, trainer.given
     existing = files_in(folder)
-    if config.finetuning.stage in ("sft", "dpo"):
+    if config.finetuning.stage in ("sft", "dpo", "kto"):
         stop_at(trainer.model, ChatTemplate(given.tokenizer, config.data.template_date).end_ids)
     save_finished(trainer.model, folder)
     given.tokenizer.save_pretrained(folder)
-    config.finetuning.save_to_json(folder / FINETUNING_ARGS)
+    given.finetuning.save_to_json(folder / FINETUNING_ARGS)
     write_results(
         folder,
         existing,

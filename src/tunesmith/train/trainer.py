@@ -47,7 +47,7 @@ from tunesmith.train.progress import Reporter
 from tunesmith.train.runfolder import DATA_REPORT, FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
 from tunesmith.train.step import StepResult, Updater, add_metrics, means
-from tunesmith.types import Batch, LossOutput, PairExample
+from tunesmith.types import Batch, LossOutput
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Ingredients:
 
     forward: FlatForward
     tokenizer: PreTrainedTokenizerBase
-    train_examples: Examples | Rows[PairExample] | ExampleStream
-    eval_examples: Examples | Rows[PairExample] | None
+    train_examples: Examples | Rows[Any] | ExampleStream
+    eval_examples: Examples | Rows[Any] | None
     device: torch.device
     compute_dtype: torch.dtype
     run: Path
@@ -134,6 +134,10 @@ class PeftTrainer:
     def prediction_step(self, batch: Batch) -> LossOutput:
         """Forward pass of one evaluation batch, without gradients."""
         return self.compute_loss(batch)
+
+    def watched(self, metrics: dict[str, tuple[float, int]]) -> dict[str, float]:
+        """What is logged beside the loss, from the sums and counts of what was measured."""
+        return means(metrics)
 
     # ---- the loop
 
@@ -278,7 +282,7 @@ class PeftTrainer:
             count += output.count
             sums = add_metrics(sums, output.metrics)
         self.model.train()
-        return {"eval_loss": loss_sum / count, **{f"eval_{name}": mean for name, mean in means(sums).items()}}
+        return {"eval_loss": loss_sum / count, **{f"eval_{name}": mean for name, mean in self.watched(sums).items()}}
 
     def _evaluate(self, log: RunLog) -> bool:
         with averaged(self.optimizer):
@@ -298,7 +302,7 @@ class PeftTrainer:
             log,
             {
                 "loss": state.loss_sum / state.loss_count,
-                **means(state.metrics),
+                **self.watched(state.metrics),
                 "learning_rate": rate,
                 "grad_norm": None if result.skipped else result.grad_norm,
                 "num_tokens": result.num_tokens,
