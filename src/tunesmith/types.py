@@ -93,13 +93,18 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt and two ways to go on, the better one first. Each way is one or more turns, an assistant's first."""
+    """A prompt and two ways to go on, the better one first. Each way is one or more turns, an assistant's first.
+
+    Attributes:
+        margin: by how much the better one is better, as the data say; 0 where they do not.
+    """
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     source: Source
     tools: Tools = ()
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,7 @@ class PairExample:
         source: the row they were made from.
         reference: log-probabilities of both answers under a reference model, where a loss needs them.
         common: tokens that both begin with, fewer than the shorter one has.
+        margin: by how much the better one is better, as the data say.
     """
 
     chosen: Example
@@ -170,6 +176,7 @@ class PairExample:
     source: Source
     reference: tuple[float, float] | None = None
     common: int = 0
+    margin: float = 0.0
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -232,6 +239,7 @@ class Batch:
             reference model, or of the answers and the mismatched ones of ``P`` rows of feedback; None: not needed.
         begins_like: for each row ``(another row, tokens)``: so many first tokens of it, fewer than all, are those of the other
             one, which begins like no further one; 0 tokens where there is none. Empty: there is none for any row.
+        margins_P: float32 ``[P]``, of pairs: by how much the better answer is better; None: not said of any.
         desirable_P: bool ``[P]``, of feedback: whether the answer is good.
         mismatched: of feedback: the prompts with the answers of other rows.
     """
@@ -246,6 +254,7 @@ class Batch:
     total_weight: float = 0.0
     reference_2P: torch.Tensor | None = None
     begins_like: tuple[tuple[int, int], ...] = ()
+    margins_P: torch.Tensor | None = None
     desirable_P: torch.Tensor | None = None
     mismatched: Batch | None = None
 
@@ -274,6 +283,7 @@ class Batch:
             targets_S=self.targets_S.to(device, non_blocking=True),
             weights_S=None if self.weights_S is None else self.weights_S.to(device, non_blocking=True),
             reference_2P=None if self.reference_2P is None else self.reference_2P.to(device, non_blocking=True),
+            margins_P=None if self.margins_P is None else self.margins_P.to(device, non_blocking=True),
             desirable_P=None if self.desirable_P is None else self.desirable_P.to(device, non_blocking=True),
             mismatched=None if self.mismatched is None else self.mismatched.to(device),
         )

@@ -122,6 +122,7 @@ def test_the_loss_by_hand() -> None:
     rewards = torch.tensor([1.0]), torch.tensor([0.0])
     assert pairwise_loss(*rewards).item() == pytest.approx(0.3133, abs=1e-4)
     assert pairwise_loss(*rewards, centering=0.01).item() == pytest.approx(0.3233, abs=1e-4)
+    assert pairwise_loss(*rewards, margins_P=torch.tensor([1.0])).item() == pytest.approx(0.6931, abs=1e-4)
 
 
 @pytest.mark.parametrize("key", ["packing", "streaming", "train_on_prompt"])
@@ -135,3 +136,21 @@ def test_check_plans_it(rewarding: dict[str, Any], write_config: Any) -> None:
     found = json.loads(tunesmith("check", write_config(rewarding), "--json").stdout)
     assert found["plan"]["memory"]["fits"], tunesmith("check", write_config(rewarding)).stdout
     assert found["plan"]["train_examples"] == 30
+
+
+def test_a_margin_from_the_data_is_asked_for(rewarding: dict[str, Any], write_config: Any) -> None:
+    """Equal scores at the start: the loss is the mean of -log sigmoid(-margin)."""
+    folder, columns = Path(rewarding["dataset_dir"]), {**COLUMNS, "margin": "better_by"}
+    margins: list[Any] = [0, 0.5, "1.25", 3]
+    rows = [{**row, "better_by": margins[i % 4]} for i, row in enumerate(pairs(8))]
+    write_dataset(folder, rows, "graded", ranking=True, columns=columns)
+    changes = {"dataset": "graded", "val_size": 0, "eval_strategy": "no", "per_device_train_batch_size": 8}
+    trainer, _ = build_trainer(load_config(write_config({**rewarding, **changes}))[0], SilentReporter())
+    step = trainer.training_step(next(trainer.loader.windows(0)))
+    asked = torch.tensor([0, 0.5, 1.25, 3])
+    assert step.loss_sum / step.count == pytest.approx(torch.nn.functional.softplus(asked).mean().item(), rel=1e-5)
+    for wrong, shown in (("much", "'much'"), (None, "null"), (True, "true/false"), ("inf", "'inf'")):
+        write_dataset(folder, [*rows, {**rows[0], "better_by": wrong}], "graded", ranking=True, columns=columns)
+        done = tunesmith("train", write_config({**rewarding, **changes, "on_bad_row": "error"}), check=False)
+        assert done.returncode
+        assert "graded.jsonl:9" in done.stderr and f"'better_by' is {shown}, expected a finite number" in done.stderr

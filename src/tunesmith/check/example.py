@@ -50,7 +50,8 @@ def print_dataset_example(example: Shown, tokenizer: PreTrainedTokenizerBase, co
 def describe(example: Shown, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A row for machines: one object, or for a pair one with ``chosen`` and ``rejected``."""
     if isinstance(example, PairExample):
-        return {"source": str(example.source), **{name: describe(side, tokenizer) for name, side in sides_of(example)}}
+        both = {name: describe(side, tokenizer) for name, side in sides_of(example)}
+        return {"source": str(example.source), **({"margin": example.margin} if example.margin else {}), **both}
     ((_, side),) = sides_of(example)
     pieces = list(runs(side, tokenizer))
     value = {

@@ -182,6 +182,7 @@ class DatasetAttr(Arguments):
     tools_column: str | None = Field(None, description="Functions that the model may call, as JSON.")
     chosen_column: str | None = Field(None, description="Ranking: the better answer.")
     rejected_column: str | None = Field(None, description="Ranking: the worse answer.")
+    margin_column: str | None = Field(None, description="Ranking: by how much the better answer is better, for stage rm.")
     kto_tag_column: str | None = Field(None, description="Whether the answer is good (true) or bad (false).")
     role_tag: str = Field("from", description="Key of a turn's speaker.")
     content_tag: str = Field("value", description="Key of a turn's text.")

@@ -24,11 +24,13 @@ def collate(examples: Sequence[Example | PairExample | FeedbackExample]) -> Batc
         both = _join([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
         known = [pair.reference for pair in pairs if pair.reference is not None]
         assert len(known) in (0, len(pairs)), "some pairs have no reference"
+        margins = [pair.margin for pair in pairs]
         return replace(
             both,
             total_weight=float(len(pairs)),
             reference_2P=torch.tensor(known).T if known else None,
             begins_like=(*((0, 0) for _ in pairs), *((row, pair.common) for row, pair in enumerate(pairs))),
+            margins_P=torch.tensor(margins) if any(margins) else None,
         )
     return _join([example for example in examples if isinstance(example, Example)])
 

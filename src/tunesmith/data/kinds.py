@@ -36,7 +36,8 @@ def pair_of(better: Learned, worse: Learned) -> PairExample:
     assert better.good
     assert not worse.good
     assert better.source == worse.source, (better.source, worse.source)
-    return PairExample(better.example(), worse.example(), better.source, common=common_tokens(better.ids, worse.ids))
+    common = common_tokens(better.ids, worse.ids)
+    return PairExample(better.example(), worse.example(), better.source, common=common, margin=better.margin)
 
 
 def common_tokens(one: np.ndarray, other: np.ndarray) -> int:

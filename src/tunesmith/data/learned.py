@@ -18,6 +18,7 @@ class Learned(NamedTuple):
         source: the row it was made from.
         good: of feedback and of the two answers of a pair, whether it is a good or the better one.
         reference: of a prompt, the answer that the data give.
+        margin: of the better answer of a pair, by how much it is better, as the data say.
     """
 
     ids: np.ndarray
@@ -25,6 +26,7 @@ class Learned(NamedTuple):
     source: Source
     good: bool = True
     reference: str = ""
+    margin: float = 0.0
 
     @property
     def supervised(self) -> int:

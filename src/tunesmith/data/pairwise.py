@@ -35,7 +35,7 @@ class PairMaker(DialogueMaker[PreferencePair]):
             learned_of(messages, view, own, row.source)
             for messages, view, own in zip(sides(row), views, tokens, strict=True)
         ]  # fmt: skip
-        return [made[0]._replace(good=True), made[1]._replace(good=False)]
+        return [made[0]._replace(good=True, margin=row.margin), made[1]._replace(good=False)]
 
     def without_oldest(self, row: PreferencePair, fits: Callable[[PreferencePair], bool]) -> PreferencePair | None:
         """The prompt is shortened, the same for both sides; the answers stay whole."""

@@ -20,7 +20,7 @@ from tunesmith.data.convert import (
     with_placeholders,
 )
 from tunesmith.data.problem import RowProblem
-from tunesmith.data.values import text, type_name, verdict
+from tunesmith.data.values import number, text, type_name, verdict
 from tunesmith.types import Feedback, Message, PreferencePair, Prompt, Source
 
 _SIDES = ("the better answer", "the worse answer")
@@ -51,7 +51,10 @@ def convert_pair(
             raise RowProblem("no-answer", f"{what} has no turn that counts", "Give one of its turns a weight above 0.")
     prompt = completed(question, attr, default_system, placeholders)
     chosen, rejected = (with_placeholders(answer, placeholders) for answer in (better, worse))
-    return PreferencePair(prompt, chosen, rejected, source, tools_of(row, attr))
+    margin = 0.0
+    if attr.margin_column is not None:
+        margin = number(column(row, attr.margin_column, "margin", source), attr.margin_column)
+    return PreferencePair(prompt, chosen, rejected, source, tools_of(row, attr), margin)
 
 
 def _answers(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[list[Message]]:

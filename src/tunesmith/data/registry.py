@@ -32,7 +32,7 @@ _ELSEWHERE = {
     "cloud_file_name": "cloud storage is not read; copy the file into dataset_dir and give file_name",
 }
 _KEYS = (*_PLAIN_KEYS, *_HASH_KEYS, *_HUB_KEYS, *_ELSEWHERE, "columns", "tags")
-_COLUMNS = ("prompt", "query", "response", "history", "system", "messages", "tools", "chosen", "rejected", "kto_tag")
+_COLUMNS = ("prompt", "query", "response", "history", "system", "messages", "tools", "chosen", "rejected", "margin", "kto_tag")
 _MEDIA = ("images", "videos", "audios")
 _TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {

@@ -29,7 +29,7 @@ from tunesmith.types import Example, Source
 JOURNAL = "journal.jsonl"
 _COLUMNS = {
     "ids": "<i4", "ends": "<i8", "spans": "<i4", "weights": "<f4", "span_ends": "<i8", "places": "<i8", "good": "|u1",
-    "references": "|u1", "reference_ends": "<i8",
+    "margins": "<f4", "references": "|u1", "reference_ends": "<i8",
 }  # fmt: skip
 """Column -> type. ``ends``, ``span_ends`` and ``reference_ends`` hold, for each row, how many tokens, spans and bytes of
 references (UTF-8) there are up to its end; ``spans`` pairs of token positions within the row; ``places`` (file, row,
@@ -63,7 +63,7 @@ class Progress:
         """Entries of each column."""
         return {"ids": self.tokens, "ends": self.examples, "spans": 2 * self.spans, "weights": self.spans,
                 "span_ends": self.examples, "places": 3 * self.examples, "good": self.examples,
-                "references": self.references, "reference_ends": self.examples}  # fmt: skip
+                "margins": self.examples, "references": self.references, "reference_ends": self.examples}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -197,6 +197,7 @@ def _columns_of(learned: Sequence[Learned], files: dict[str, int], before: Progr
         "span_ends": before.spans + np.array([len(row.spans) for row in learned], dtype=np.int64).cumsum(),
         "places": np.array(places, dtype=np.int64),
         "good": np.array([row.good for row in learned], dtype=np.uint8),
+        "margins": np.array([row.margin for row in learned], dtype=np.float64),
         "references": np.frombuffer(b"".join(references), dtype=np.uint8),
         "reference_ends": before.references + np.array([len(text) for text in references], dtype=np.int64).cumsum(),
     }
@@ -292,7 +293,8 @@ class TokenSet(Lazy[Example]):
         weights = self._columns["weights"][begin:end].tolist()
         spans = tuple((start, stop, weight) for (start, stop), weight in zip(bounds, weights, strict=True))
         good = bool(self._columns["good"][index])
-        return Learned(np.array(self.tokens(index)), spans, self.source(index), good, self._reference(index))
+        margin = float(self._columns["margins"][index])
+        return Learned(np.array(self.tokens(index)), spans, self.source(index), good, self._reference(index), margin)
 
     def _reference(self, index: int) -> str:
         ends = self._columns["reference_ends"]

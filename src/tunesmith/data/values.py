@@ -66,6 +66,20 @@ def verdict(value: Any) -> bool | None:
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
+def number(value: Any, name: str) -> float:
+    """A finite number, also as text, as in CSV files. Raises RowProblem ``not-a-number``."""
+    found = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            found = float(value)
+        except (ValueError, OverflowError):
+            found = math.nan
+    if math.isfinite(found):
+        return found
+    what = repr(value)[:_SHOWN_NAME] if isinstance(value, (str, float)) else type_name(value)
+    raise RowProblem("not-a-number", f"column {name!r} is {what}, expected a finite number", "Write a number.")
+
+
 def parse_json(value: str, what: str, code: str) -> Any:
     """The value that a JSON text spells. Raises RowProblem ``code`` when it spells none."""
     try:

@@ -22,7 +22,7 @@ class PairwisePeftTrainer(PeftTrainer):
 
     def compute_loss(self, batch: Batch) -> LossOutput:
         """Loss summed over the pairs; how often and by how much the better answer scores higher."""
-        return self._outcome(*self._scores(batch))
+        return self._outcome(*self._scores(batch), batch.margins_P)
 
     def prediction_step(self, batch: Batch) -> LossOutput:
         """The same, and the scores are kept."""
@@ -30,7 +30,7 @@ class PairwisePeftTrainer(PeftTrainer):
         sources = batch.sources[: len(chosen_P)]
         for source, chosen, rejected in zip(sources, chosen_P.tolist(), rejected_P.tolist(), strict=True):
             self._kept.append({"row": str(source), "chosen": chosen, "rejected": rejected})
-        return self._outcome(chosen_P, rejected_P)
+        return self._outcome(chosen_P, rejected_P, batch.margins_P)
 
     def evaluate(self) -> dict[str, float]:
         """As every stage; the scores of all pairs are written beside the log."""
@@ -50,9 +50,9 @@ class PairwisePeftTrainer(PeftTrainer):
             chosen_P, rejected_P = row_scores(self.given.forward, head, batch).chunk(2)
         return chosen_P, rejected_P
 
-    def _outcome(self, chosen_P: torch.Tensor, rejected_P: torch.Tensor) -> LossOutput:
+    def _outcome(self, chosen_P: torch.Tensor, rejected_P: torch.Tensor, margins_P: torch.Tensor | None) -> LossOutput:
         count = len(chosen_P)
-        losses_P = pairwise_loss(chosen_P, rejected_P, self.given.finetuning.reward_centering)
+        losses_P = pairwise_loss(chosen_P, rejected_P, self.given.finetuning.reward_centering, margins_P)
         chosen, rejected = chosen_P.detach(), rejected_P.detach()
         sums = torch.stack([(chosen > rejected).float().sum(), chosen.sum(), rejected.sum()]).tolist()
         named = dict(zip(("accuracy", "rewards/chosen", "rewards/rejected"), sums, strict=True))
