@@ -1,10 +1,10 @@
-"""``training_loss.png`` from ``trainer_log.jsonl``."""
+"""``training_loss.png`` from ``trainer_log.jsonl``: the loss, and what else a stage measures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.errors import CheckpointError
 from tunesmith.train.runfolder import LOSS_PLOT
@@ -26,8 +26,44 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
+class Panel(NamedTuple):
+    """Curves that share an axis.
+
+    Attributes:
+        label: of the axis.
+        training, evaluation: (step, value) of each logged one; empty where there are none.
+    """
+
+    label: str
+    training: list[tuple[int, float]]
+    evaluation: list[tuple[int, float]]
+
+
+def panels(entries: Sequence[dict[str, Any]]) -> list[Panel]:
+    """What a log has to show: the loss, and below it accuracy, margin of rewards and divergence where they are logged.
+
+    Losses of language modelling are per token; those of reward models and preferences are means over pairs or answers.
+    """
+    compared = any(key.startswith(("rewards/", "eval_rewards/")) for entry in entries for key in entry)
+    found = [_panel(entries, "loss", "loss (mean of rows)" if compared else "loss (nats per token)")]
+    for label, keys in _BELOW.items():
+        found += [panel for key in keys if any((panel := _panel(entries, key, label))[1:])]
+    return found
+
+
+_BELOW = {
+    "accuracy": ("accuracy", "rewards/accuracies"),
+    "margin of rewards": ("rewards/margins",),
+    "divergence (nats)": ("kl",),
+}
+
+
+def _panel(entries: Sequence[dict[str, Any]], key: str, label: str) -> Panel:
+    return Panel(label, _series(entries, key), _series(entries, f"eval_{key}"))
+
+
 def plot_loss(run: Path) -> Path:
-    """Draw the run's curves: loss (raw, smoothed, evaluation) and, where logged, evaluation accuracy.
+    """Draw the run's curves (see ``panels``): raw, smoothed, evaluation.
 
     Returns:
         Path of the PNG.
@@ -41,24 +77,21 @@ def plot_loss(run: Path) -> Path:
     import matplotlib.pyplot as plt
 
     entries = read_log(run)
-    losses = _series(entries, "loss")
-    if not losses:
+    drawn = panels(entries)
+    if not drawn[0].training:
         raise CheckpointError(f"{run / LOG_NAME}: holds no loss to draw")
-    accuracies = _series(entries, "eval_accuracy")
-    figure, axes = plt.subplots(1 + bool(accuracies), 1, figsize=(8, 4.5 + 2.5 * bool(accuracies)), sharex=True, squeeze=False,
-                                height_ratios=(2, 1) if accuracies else None)  # fmt: skip
-    main = axes[0][0]
-    _draw(main, losses, "training loss", "C0", raw=True)
-    _draw(main, _series(entries, "eval_loss"), "evaluation loss", "C1")
-    main.set_ylabel("loss (nats per token)")
-    if accuracies:
-        _draw(axes[1][0], accuracies, "evaluation accuracy", "C2")
-        axes[1][0].set_ylabel("accuracy")
-    for row in axes:
-        row[0].grid(alpha=0.3)
-        row[0].legend()
+    below = len(drawn) - 1
+    figure, axes = plt.subplots(len(drawn), 1, figsize=(8, 4.5 + 2.5 * below), sharex=True, squeeze=False,
+                                height_ratios=(2, *(1 for _ in range(below))))  # fmt: skip
+    for (row,), panel in zip(axes, drawn, strict=True):
+        name = panel.label.partition(" (")[0]
+        _draw(row, panel.training, f"training {name}", "C0", raw=True)
+        _draw(row, panel.evaluation, f"evaluation {name}", "C1")
+        row.set_ylabel(panel.label)
+        row.grid(alpha=0.3)
+        row.legend()
     axes[-1][0].set_xlabel("update")
-    figure.suptitle("training loss")
+    figure.suptitle("training loss" if not below else "training curves")
     figure.tight_layout()
     target = run / LOSS_PLOT
     figure.savefig(target, dpi=120)
