@@ -146,6 +146,22 @@ def chat(
 
 
 @app.command()
+def predict(
+    target: Annotated[Path, typer.Argument(help="Finished run of stage rm, or its YAML.", show_default=False)],
+    file: Annotated[str, typer.Argument(help="Answers or pairs: a path, or a name in dataset_info.json.", show_default=False)],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSONL to write; scores-NAME.jsonl in the run if not given.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it.")] = False,
+) -> None:
+    """Score a file of answers or pairs with a reward model; the last line printed is the file of scores."""
+    from tunesmith.serve.predict import predict as score
+
+    print(score(target, file, overrides or (), output, overwrite, print))
+
+
+@app.command()
 def config(
     schema: Annotated[bool, typer.Option("--schema", help="JSON Schema, so that editors complete the YAML.")] = False,
 ) -> None:

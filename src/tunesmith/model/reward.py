@@ -91,13 +91,20 @@ class ModelScorer:
 
     def scores(self, answered: Sequence[Conversation]) -> torch.Tensor:
         """As ``Scorer``: each conversation as the template shows it, its end included."""
-        scores = self.row_scores([self._encode(conversation) for conversation in answered])
+        scores = self.row_scores([self.encode(conversation) for conversation in answered])
         for conversation, score in zip(answered, scores.tolist(), strict=True):
             if not math.isfinite(score):
                 raise ModelError(f"reward_model: the score of {conversation.source} is {score}; the model is spoiled")
         return scores
 
-    def _encode(self, conversation: Conversation) -> np.ndarray:
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model was made for, where it says."""
+        found = getattr(unwrap(self.forward.model).config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    def encode(self, conversation: Conversation) -> np.ndarray:
+        """Token ids of a conversation that ends with the answer, int32. Raises ModelError, which names the row."""
         earlier, answer = parted(conversation)
         shown = [replace(message, weight=0.0) for message in earlier]
         try:
