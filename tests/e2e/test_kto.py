@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import tunesmith, write_dataset
 from tests.e2e.test_reward_model import pairs
+from tests.stages.test_plan import compare
 from tunesmith.config.load import load_config
 from tunesmith.data.mismatched import MismatchedFeedback, crossed
 from tunesmith.stages import reference
@@ -147,6 +148,10 @@ def test_the_reference_is_computed_once(judging: dict[str, Any], write_config: A
     assert second.given.train_examples[3].reference == first.given.train_examples[3].reference
     with pytest.raises(TypeError):  # other partners, other numbers
         built(judging, write_config, data_seed=7)
+
+
+def test_an_update_is_planned(judging: dict[str, Any], write_config: Any) -> None:
+    compare(judging, write_config)
 
 
 def test_stopped_and_continued_is_bit_equal(judging: dict[str, Any], write_config: Any) -> None:

@@ -51,7 +51,11 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_fake_tensors_hold_is_what_real_ones_hold(settings: dict[str, Any], write_config: Any, kind: str) -> None:
     """Against the bytes of an update that is run: every storage counted from its making to its release."""
-    settings = {"gradient_checkpointing": False, **settings, **KINDS[kind]}
+    compare({**settings, **KINDS[kind]}, write_config)
+
+
+def compare(settings: dict[str, Any], write_config: Any) -> None:
+    settings = {"gradient_checkpointing": False, **settings}
     trainer = trained(settings, write_config)
     window = next(trainer.loader.onward(0, 0, {}))[0]
     batch = max(window, key=lambda one: one.num_tokens)
@@ -68,7 +72,7 @@ def test_what_fake_tensors_hold_is_what_real_ones_hold(settings: dict[str, Any],
         trainer.updater.rehearse(batch, trainer.compute_loss, settings.get("gradient_accumulation_steps", 1) > 1)
     measured = max(peak.total() for peak in live.peaks.values())
     config = load_config(write_config(settings))[0]
-    planned = footprint(config, TRAINERS["sft"], batch, CPU)
+    planned = footprint(config, TRAINERS[config.finetuning.stage], batch, CPU)
     assert planned.total == pytest.approx(measured, rel=0.06)
 
 

@@ -36,7 +36,7 @@ def summarize(run: Path) -> Iterator[str]:
     if checkpoints := list_checkpoints(run):
         yield f"  checkpoints {', '.join(path.name for path in checkpoints)}"
     if (run / VALUE_HEAD).is_file():
-        yield f"it scores:   reward_model: {run} (see Reward models in the guide)"
+        yield f"it scores:   tunesmith predict {run} FILE"
     else:
         yield f"talk to it:  tunesmith chat {run}"
 
