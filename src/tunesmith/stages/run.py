@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
-from tunesmith.data.kinds import KINDS, Rows
+from tunesmith.data.kinds import KINDS, PAIR, Rows
 from tunesmith.data.named import use_template
 from tunesmith.data.prepare import load_examples, target_of
 from tunesmith.data.prepare import load_rows as load_kind
