@@ -60,7 +60,7 @@ def test_loss_metrics_and_gradient(
         if loss == "kto":
             crossed = padded([row.mismatched for row in part])
             inputs |= {f"KL_{key}": value for key, value in crossed.items()} | {"ref_KL_logps": batch.reference_2P[1]}
-            built._point = built._estimated([batch])
+            built._point = built._estimated([batch], "here")
             assert built._point > 0.1
         built.model.zero_grad(set_to_none=True)
         their_model.zero_grad(set_to_none=True)

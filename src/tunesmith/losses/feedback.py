@@ -6,7 +6,7 @@ import torch
 
 
 def kto_loss(ratio_P: torch.Tensor, desirable_P: torch.Tensor, point: torch.Tensor, beta: float) -> torch.Tensor:
-    """Kahneman-Tversky optimisation (arXiv 2402.01306, eq. 8), without the classes' weights.
+    """Kahneman-Tversky optimisation (arXiv 2402.01306), without the classes' weights.
 
     ``1 - sigmoid(beta (r - z))`` of a good answer and ``1 - sigmoid(beta (z - r))`` of a bad one, with ``r`` its log-ratio of
     model to reference and ``z`` the reference point. With ``z = 0`` it is APO-zero on single answers (arXiv 2408.06266, eq. 7).
@@ -29,7 +29,7 @@ def kto_loss(ratio_P: torch.Tensor, desirable_P: torch.Tensor, point: torch.Tens
 
 
 def reference_point(ratio_P: torch.Tensor) -> torch.Tensor:
-    """How far the model is from its reference: the mean log-ratio of mismatched answers, not below 0 (arXiv 2402.01306, 4.1).
+    """How far the model is from its reference: the mean log-ratio of mismatched answers, not below 0 (arXiv 2402.01306).
 
     Args:
         ratio_P: log-ratios of answers to other prompts, ``[P]``.

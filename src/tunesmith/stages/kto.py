@@ -19,7 +19,7 @@ from tunesmith.train.trainer import Ingredients, PeftTrainer
 from tunesmith.types import Batch, FeedbackExample, LossOutput
 
 _EVEN = (1.0, 4 / 3)
-"""What the weight of all good answers may be of that of all bad ones (arXiv 2402.01306, 4.2)."""
+"""What the weight of all good answers may be of that of all bad ones, as TRL advises after arXiv 2402.01306."""
 
 
 class FeedbackPeftTrainer(PeftTrainer):
@@ -36,8 +36,7 @@ class FeedbackPeftTrainer(PeftTrainer):
     def training_step(self, window: Sequence[Batch]) -> StepResult:
         """One update, its reference point first."""
         if estimates(self.given.finetuning):
-            with out_of_memory_explained(f"step {self.state.step + 1}", window):
-                self._point = self._estimated(window)
+            self._point = self._estimated(window, f"step {self.state.step + 1}")
         return super().training_step(window)
 
     def evaluate(self) -> dict[str, float]:
@@ -47,7 +46,8 @@ class FeedbackPeftTrainer(PeftTrainer):
             assert isinstance(rows, Rows)
             order = np.argsort(rows.lengths, kind="stable").tolist()
             parts = (order[begin : begin + size] for begin in range(0, len(order), size))
-            self._point = self._estimated(collate([rows[i] for i in part]) for part in parts)
+            batches = (collate([rows[i] for i in part]) for part in parts)
+            self._point = self._estimated(batches, "in evaluation (see per_device_eval_batch_size)")
         try:
             return super().evaluate()
         finally:
@@ -74,16 +74,17 @@ class FeedbackPeftTrainer(PeftTrainer):
         return found
 
     @torch.no_grad()
-    def _estimated(self, batches: Iterable[Batch]) -> torch.Tensor:
-        """The reference point of all these rows; nothing is dropped or disturbed in the model meanwhile."""
+    def _estimated(self, batches: Iterable[Batch], where: str) -> torch.Tensor:
+        """The reference point of all these rows, without dropout or noise; ``where`` is for messages."""
         training = self.model.training
         self.model.eval()
         ratios = []
         try:
             for batch in batches:
                 assert batch.mismatched is not None and batch.reference_2P is not None
-                rows = batch.mismatched.to(self.given.device)
-                sums_P, _ = answer_logps(rows, batch_logprobs(self.given, rows))
+                with out_of_memory_explained(where, [batch.mismatched]):
+                    rows = batch.mismatched.to(self.given.device)
+                    sums_P, _ = answer_logps(rows, batch_logprobs(self.given, rows))
                 ratios.append(sums_P - batch.reference_2P[1].to(self.given.device))
         finally:
             self.model.train(training)
