@@ -25,16 +25,16 @@ class Contender:
     Attributes:
         name: as it is printed.
         command: that starts it.
-        threads: of its own; None takes those of the run.
         ready: what it said when all was loaded.
         answers: to each measured update.
+        threads: of its own; None takes those of the run.
     """
 
     name: str
     command: list[str]
-    threads: int | None = None
     ready: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    threads: int | None = None
     _process: subprocess.Popen[str] | None = None
     _errors: IO[str] | None = None
 
