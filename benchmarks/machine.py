@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,27 @@ def gemm_rate(threads: int, dtype: torch.dtype = torch.bfloat16, size: int = 204
         return 2 * size**3 / min(times[2:])
     finally:
         torch.set_num_threads(before)
+
+
+def highest_memory(process: int | str = "self") -> float:
+    """Highest resident memory of a process so far, MiB."""
+    return _memory(process, "VmHWM")
+
+
+def own_memory() -> float:
+    """Resident memory of this process that is no page of a file, MiB."""
+    return _memory("self", "RssAnon")
+
+
+def _memory(process: int | str, field: str) -> float:
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+
+def last_line(command: Sequence[str]) -> Any:
+    """The JSON on the last line that a command prints."""
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def median(values: list[float]) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.machine import highest_memory, last_line
 from tunesmith.process import prepare
 
 GRID: dict[str, dict[str, Any]] = {
@@ -59,8 +59,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             config = Path(scratch) / "config.yaml"
             config.write_text(json.dumps(_common(args, Path(scratch)) | settings), encoding="utf-8")
-            checked = _last_line([sys.executable, "-m", "tunesmith", "check", str(config), "--json"])
-            found = _last_line([sys.executable, "-m", "benchmarks.memory", "--one", str(config)])
+            checked = last_line([sys.executable, "-m", "tunesmith", "check", str(config), "--json"])
+            found = last_line([sys.executable, "-m", "benchmarks.memory", "--one", str(config)])
         planned = checked["plan"]["memory"]["peak"] / 2**20
         ratio, beyond = planned / found["peak"], found["peak"] / found["tried"]
         worst, later = max(worst, abs(ratio - 1)), max(later, beyond)
@@ -87,11 +87,6 @@ def _common(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _last_line(command: list[str]) -> Any:
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _train(config: Path) -> dict[str, float]:
     """Highest resident memory in MiB: of the whole run, and when the heaviest batch had been tried."""
     from tunesmith.config.load import load_config
@@ -109,16 +104,11 @@ def _train(config: Path) -> dict[str, float]:
     def noted(*args: Any) -> None:
         nonlocal tried
         rehearse(*args)
-        tried = _highest()
+        tried = highest_memory()
 
     trainer.updater.rehearse = noted  # type: ignore[method-assign]
     trainer.train()
-    return {"peak": _highest(), "tried": tried}
-
-
-def _highest() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return {"peak": highest_memory(), "tried": tried}
 
 
 if __name__ == "__main__":

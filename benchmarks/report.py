@@ -53,15 +53,21 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.json"
-        file.write_text(json.dumps(_rows(args.data, count)), encoding="utf-8")
+        write_rows(file, read_rows(args.data), count)
         found = contenders(file)
         return found, take_turns(found, warm_up, args.steps, args.threads)
 
 
-def _rows(file: Path, count: int) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a ``.json`` or ``.jsonl`` file."""
     text = file.read_text(encoding="utf-8")
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
-    return [rows[i % len(rows)] for i in range(count)]
+    return list(rows)
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]], count: int) -> None:
+    """So many of the rows in order, again from the start where they end, for contenders to read."""
+    file.write_text(json.dumps([rows[i % len(rows)] for i in range(count)]), encoding="utf-8")
 
 
 def times_faster(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import ROOT
+from benchmarks.machine import highest_memory
 
 TRL = "1.16.0"
 
@@ -26,12 +27,14 @@ class Contender:
         command: that starts it.
         ready: what it said when all was loaded.
         answers: to each measured update.
+        threads: of its own; None takes those of the run.
     """
 
     name: str
     command: list[str]
     ready: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    threads: int | None = None
     _process: subprocess.Popen[str] | None = None
     _errors: IO[str] | None = None
 
@@ -55,8 +58,7 @@ class Contender:
     def peak(self) -> float:
         """Highest resident memory of the process so far, MiB."""
         assert self._process is not None
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+        return highest_memory(self._process.pid)
 
     def stop(self) -> None:
         """End the process."""
@@ -119,10 +121,9 @@ def contender(name: str, script: str, arguments: list[str], python: Path | None 
 
 def take_turns(contenders: list[Contender], warm_up: int, rounds: int, threads: int) -> dict[str, float]:
     """Run them; returns the highest memory of each, MiB."""
-    env = environment(threads)
     try:
         for one in contenders:
-            one.start(env)
+            one.start(environment(one.threads or threads))
         for number in range(warm_up + rounds):
             for one in contenders:
                 one.step(measured=number >= warm_up)

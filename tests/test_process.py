@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,8 +14,9 @@ from tunesmith import process
 
 SCRIPT = """
 import os, sys
-from tunesmith.process import allocator_of_training, prepare
+from tunesmith.process import allocator_of_training, described, prepare
 prepare(sys.orig_argv)
+print(described())
 print(allocator_of_training(), "libmimalloc" in open("/proc/self/maps").read(), os.environ.get("LD_PRELOAD"), sys.argv[1:])
 """
 
@@ -35,8 +37,18 @@ def test_what_the_user_has_set_stays(env: dict[str, str]) -> None:
 def test_the_process_is_started_again_by_the_same_command_line() -> None:
     assert process.environment({}) is not None
     command = [sys.executable, "-c", SCRIPT, "a", "b c"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "mimalloc True None ['a', 'b c']"
+    env = {name: value for name, value in os.environ.items() if name != "LRU_CACHE_CAPACITY"}
+    for shapes, given in (("64", env), ("7", {**env, "LRU_CACHE_CAPACITY": "7"})):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
+        said, found = done.stdout.splitlines()
+        assert found == "mimalloc True None ['a', 'b c']"
+        assert said.startswith("memory by mimalloc") and f"kernels of {shapes} shapes kept" in said
+
+
+def test_nothing_is_said_where_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setattr(process, "_has_mimalloc", lambda: False)
+    assert process.described() == ""
 
 
 def test_a_gpu_leaves_it_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

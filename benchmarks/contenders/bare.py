@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, get_scheduler
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Encoded = tuple[list[int], list[int]]
 """Ids and labels of a row."""
 
@@ -81,8 +84,33 @@ class Loop(Protocol):
         """One update; returns loss and gradient norm."""
 
 
+def prepared(folder: str, dtype: torch.dtype, settings: Mapping[str, Any]) -> torch.nn.Module:
+    """The model, made trainable."""
+    kind, loading = settings.get("finetuning_type", "lora"), {}
+    if bits := settings.get("quantization_bit"):
+        rounded = {"load_in_8bit": True} if bits == 8 else {
+            "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_use_double_quant": settings.get("double_quantization", True),
+        }  # fmt: skip
+        loading = {"quantization_config": BitsAndBytesConfig(**rounded), "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if kind == "full" else dtype, **loading)
+    if kind == "full":
+        return model
+    if kind == "freeze":
+        model.requires_grad_(False)
+        for layer in model.model.layers[-settings["num_layer_trainable"] :]:
+            layer.float().requires_grad_(True)
+        return model
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    config = lora("CAUSAL_LM")
+    if experts:  # all linear layers would take the router, too, which ours leaves as it is
+        config.target_modules, config.target_parameters = {"q_proj", "k_proj", "v_proj", "o_proj"}, experts
+    config.lora_dropout, config.use_dora = settings.get("lora_dropout", 0.0), settings.get("use_dora", False)
+    return get_peft_model(model, config)
+
+
 class BareLoop:
-    """LoRA on all linear layers.
+    """Trained are LoRA adapters of all linear layers, or weights of the model, as ``settings`` say.
 
     Args:
         folder: model folder.
@@ -90,10 +118,12 @@ class BareLoop:
         batch: rows in a step.
         total_steps: of the schedule.
         rate: learning rate.
-        dtype: of the model; adapters are float32.
+        dtype: of the model; what is trained is float32, weights of the model under autocast to ``dtype``.
         seed: of the adapters.
         cutoff: longest row in tokens.
-        full: train all weights, kept in float32, under autocast to ``dtype``.
+        settings: ``finetuning_type`` (``lora``, ``full``; ``freeze`` with ``num_layer_trainable``), ``lora_dropout``,
+            ``use_dora``, ``quantization_bit`` (4 is nf4) and ``template``, a file, for a tokenizer without one; the meaning is
+            that of tunesmith's keys.
     """
 
     def __init__(
@@ -106,13 +136,15 @@ class BareLoop:
         dtype: torch.dtype = torch.float32,
         seed: int = 42,
         cutoff: int = 1 << 30,
-        full: bool = False,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         torch.manual_seed(seed)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if full else dtype)
-        self.model = (model if full else get_peft_model(model, lora("CAUSAL_LM"))).train()
-        self.autocast = torch.autocast("cpu", dtype, enabled=full and dtype != torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # of tokenizer.json alone, whatever the model's kind
+        if "template" in settings:
+            tokenizer.chat_template = Path(settings["template"]).read_text(encoding="utf-8")
+        self.model = prepared(folder, dtype, settings).train()
+        weights = settings.get("finetuning_type", "lora") != "lora"
+        self.autocast = torch.autocast("cpu", dtype, enabled=weights and dtype != torch.float32)
         self.updates = Updates([p for p in self.model.parameters() if p.requires_grad], total_steps, rate)
         encoded = [encode(tokenizer, turns(row), cutoff) for row in rows]
         self.batches = [encoded[i : i + batch] for i in range(0, len(encoded), batch)]
@@ -129,13 +161,13 @@ class BareLoop:
         return self.updates.make(loss)
 
 
-def serve(loop: Loop) -> None:
+def serve(loop: Loop, clock: Callable[[], float] = time.perf_counter) -> None:
     """Answer each line with an update."""
     print(json.dumps({"ready": "bare"}), flush=True)
     for index, _ in enumerate(sys.stdin):
-        began = time.perf_counter()
+        began = clock()
         loss, _ = loop.step(index)
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
         print(json.dumps({"seconds": seconds, "tokens": loop.real_tokens(index), "loss": loss}), flush=True)
 
 
@@ -149,10 +181,12 @@ def main() -> None:
             batch=unit["batch"],
             total_steps=unit["steps"],
             rate=unit["rate"],
-            dtype=torch.bfloat16,
+            dtype=DTYPES[unit["settings"].get("compute_dtype", "bf16")],
+            seed=unit["settings"].get("seed", 42),
             cutoff=unit["cutoff"],
-            full=unit["settings"].get("finetuning_type") == "full",
-        )
+            settings=unit["settings"],
+        ),
+        time.process_time if unit.get("clock") == "cpu" else time.perf_counter,
     )
 
 

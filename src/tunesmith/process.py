@@ -63,7 +63,18 @@ def prepare(arguments: Sequence[str]) -> None:
 
 def allocator_of_training() -> str:
     """``mimalloc`` if it serves this process, or would serve one that trains, started in this environment; else ``system``."""
-    if environment(os.environ) is not None:
-        return "mimalloc"
-    maps = Path("/proc/self/maps")
-    return "mimalloc" if sys.platform == "linux" and "libmimalloc" in maps.read_text(encoding="utf-8") else "system"
+    return "mimalloc" if environment(os.environ) is not None or _has_mimalloc() else "system"
+
+
+def described() -> str:
+    """For the log: the allocator and the bounds that hold in this process, by whomever they are set; empty without any."""
+    parts = []
+    if _has_mimalloc():
+        parts.append(f"memory by mimalloc ({CHOICE}=system leaves it to the system)")
+    if shapes := os.environ.get("LRU_CACHE_CAPACITY"):
+        parts.append(f"kernels of {shapes} shapes kept (LRU_CACHE_CAPACITY)")
+    return ", ".join(parts)
+
+
+def _has_mimalloc() -> bool:
+    return sys.platform == "linux" and "libmimalloc" in Path("/proc/self/maps").read_text(encoding="utf-8")

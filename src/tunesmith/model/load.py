@@ -84,6 +84,7 @@ def load_base_model(
         align_special_tokens(model, tokenizer)
     quantised = is_quantised(model)
     keep_differentiable(model)
+    _fit_experts(model)
     if args.upcast_layernorm or (args.upcast_layernorm is None and quantised):
         norms_to_float(model, args.layer_norm_names)
     if quantised:
@@ -101,6 +102,13 @@ def _leave_files(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+
+
+def _fit_experts(model: PreTrainedModel) -> None:
+    """Compute experts one by one where torch's grouped product, transformers' choice, lacks rows of whole 16 bytes."""
+    stacks = [parameter for parameter in model.parameters() if parameter.dim() == 3]
+    if any(size * stack.element_size() % 16 for stack in stacks for size in stack.shape[1:]):
+        model.set_experts_implementation("eager")
 
 
 def _known(tokenizer: PreTrainedTokenizerBase, source: Source, model: PreTrainedModel, args: ModelArguments) -> int:

@@ -39,6 +39,7 @@ from tunesmith.model.tokenizer import added_token_ids, check_added_tokens, load_
 from tunesmith.model.trial import small_logits, try_adapter
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
+from tunesmith.process import described
 from tunesmith.stages.dpo import PreferencePeftTrainer
 from tunesmith.stages.kernels import fuse_layers
 from tunesmith.stages.kto import FeedbackPeftTrainer, balanced
@@ -226,6 +227,8 @@ def run(config: RunConfig, reporter: Reporter) -> Path:
     folder = claim(config.training)
     checkpoint = starting_point(config.training, folder, reporter.note)
     config = with_date(config, folder if checkpoint else None)
+    if process := described():
+        reporter.note(f"process: {process}")
     trainer, report = build_trainer(config, reporter)
     given, held_out = trainer.given, trainer.given.eval_examples
     open_run(folder, config.training.overwrite_output_dir)
