@@ -1,7 +1,7 @@
-"""``python -m benchmarks.curves [--data FILE] [--steps 100] [--write]``: curves in bf16 against two seeds of the bare loop.
+"""``python -m benchmarks.curves [--data FILE] [--steps 100] [--write]``: curves in bf16 against seeds of the bare loop.
 
-Ours, the bare loop from the same initial adapter, and the bare loop from that of another seed train on the same rows in the
-same order. By how much two seeds differ is what rounding may cost: ours is compared with the first as the second is. Behind
+Ours, the bare loop from the same initial adapter, and the bare loop from those of other seeds train on the same rows in the
+same order. By how much seeds differ is what rounding may cost: ours is compared with the first as the others are. Behind
 the last update the learning rate is 0, so the losses of the ``HELD_OUT`` batches that follow are held-out losses of the final
 weights.
 """
@@ -20,7 +20,6 @@ from benchmarks.report import read_rows, write_rows
 from benchmarks.turns import Contender, contender, take_turns
 from tunesmith.model.builtin import fetch
 
-SEEDS = (42, 43)
 HELD_OUT = 8
 SMOOTHED = 10
 """Updates in the mean that smooths a curve."""
@@ -34,6 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--cutoff", type=int, default=512)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="ours starts from the first")
     parser.add_argument("--write", action="store_true", help="keep the curves in benchmarks/results/")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,13 +44,16 @@ def main() -> None:
     ours, *bare = ([round(loss, 6) for loss in run.losses] for run in runs)
     result = {
         "tunesmith against bare": compare(ours, bare[0], args.steps),
-        "bare, other seed, against bare": compare(bare[1], bare[0], args.steps),
+        **{
+            f"{run.name}, against bare": compare(curve, bare[0], args.steps)
+            for run, curve in zip(runs[2:], bare[1:], strict=True)
+        },
         "held-out loss": {run.name: round(sum(run.losses[args.steps :]) / HELD_OUT, 4) for run in runs},
     }
     print(json.dumps(result, indent=1))
     if args.write:
         machine = facts(1)
-        unit = {key: getattr(args, key) for key in ("steps", "batch", "cutoff", "rate")} | {"data": args.data.name}
+        unit = {key: getattr(args, key) for key in ("steps", "batch", "cutoff", "rate", "seeds")} | {"data": args.data.name}
         target = ROOT / "benchmarks/results" / f"{machine['date']}-curves.json"
         curves = {run.name: [round(loss, 4) for loss in run.losses] for run in runs}
         whole = {"machine": machine, "unit": unit, "result": result, "curves": curves}
@@ -78,8 +81,8 @@ def _contenders(args: argparse.Namespace, file: Path) -> list[Contender]:
     def given(seed: int) -> list[str]:
         return [model, str(file), json.dumps({**unit, "settings": {"seed": seed}})]
 
-    bare = [contender(f"bare, seed {seed}", "bare", given(seed)) for seed in SEEDS]
-    return [contender(f"tunesmith, seed {SEEDS[0]}", "ours", given(SEEDS[0])), *bare]
+    bare = [contender(f"bare, seed {seed}", "bare", given(seed)) for seed in args.seeds]
+    return [contender(f"tunesmith, seed {args.seeds[0]}", "ours", given(args.seeds[0])), *bare]
 
 
 if __name__ == "__main__":
