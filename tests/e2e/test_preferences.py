@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tunesmith.config.load import load_config
 from tunesmith.config.preferences import PREFERENCE_LOSSES
 from tunesmith.data.collator import collate
 from tunesmith.data.kinds import Rows
+from tunesmith.errors import ModelError
 from tunesmith.stages import reference
 from tunesmith.stages.pairs import answer_logps
 from tunesmith.stages.run import build_trainer
@@ -102,6 +104,24 @@ def test_the_reference_is_computed_once(preferring: dict[str, Any], write_config
         built(preferring, write_config, ld_alpha=0.5)
 
 
+@pytest.mark.parametrize("changed", ["seed", "peft_args", "rope"])
+def test_another_start_is_asked_again(preferring: dict[str, Any], write_config: Any, tmp_path: Path, changed: str) -> None:
+    """An adapter that begins at random, and a model whose settings were edited: the same weights, other numbers."""
+    model = shutil.copytree(preferring["model_name_or_path"], tmp_path / "model")
+    start = {"finetuning_type": "peft", "peft_method": "loha", "peft_args": {"r": 4, "init_weights": False}}
+    values = {**preferring, **start, "model_name_or_path": str(model), "data_seed": 1}
+    built(values, write_config)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if changed == "rope":
+        config["rope_parameters"]["rope_theta"] = 100.0
+        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    others = {"seed": {"seed": 7}, "peft_args": {"peft_args": {"r": 8, "init_weights": False}}}
+    trainer = built({**values, **others.get(changed, {})}, write_config)
+    trainer.model.train()
+    step = trainer.training_step(next(trainer.loader.windows(0)))
+    assert step.loss_sum / step.count == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_only_pairs_that_are_come_to_are_asked_for(preferring: dict[str, Any], write_config: Any) -> None:
     trainer = built(preferring, write_config, max_steps=2, per_device_train_batch_size=4)
     known = [pair for pair in trainer.given.train_examples.table if pair[0] == pair[0]]
@@ -115,6 +135,29 @@ def test_another_model_can_be_the_reference(preferring: dict[str, Any], write_co
     other = {**preferring, **changes, "ref_model": str(shared / "models/stories260K-mistral"), "pref_loss": "sigmoid"}
     same = built({**preferring, **changes}, write_config).given.train_examples[0].reference
     assert built(other, write_config).given.train_examples[0].reference == pytest.approx(same, rel=1e-4)  # the same weights
+
+
+def test_a_reference_that_cannot_be_loaded_is_named(preferring: dict[str, Any], write_config: Any, tmp_path: Path) -> None:
+    """Consent to run code is given to ``model_name_or_path`` alone."""
+    other = shutil.copytree(preferring["model_name_or_path"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (other / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    for name in (tmp_path / "none", other):
+        with pytest.raises(ModelError, match=f"ref_model: .*{name.name}"):
+            built(preferring, write_config, ref_model=str(name), trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_length_is_left_out_of_log_ratios_alone(preferring: dict[str, Any], write_config: Any) -> None:
+    """The chosen answer's own loss is that of all its tokens."""
+    found = []
+    for alpha in (None, 0.0):
+        trainer = built(preferring, write_config, pref_loss="sigmoid: 1e-9, sft: 1", ld_alpha=alpha)
+        step = trainer.training_step(next(trainer.loader.windows(0)))
+        found.append([step.loss_sum, step.metrics["logps/rejected"][0]])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_log_probabilities_of_answers_by_hand() -> None:
@@ -152,7 +195,9 @@ def test_one_by_one_is_as_together(preferring: dict[str, Any], write_config: Any
     [
         ({"pref_loss": "sigmod"}, "pref_loss"),
         ({"pref_loss": "exo_pair"}, "dpo_label_smoothing"),
+        ({"pref_loss": "sigmoid: 1, sigmoid: 2"}, "pref_loss"),
         ({"pref_loss": "orpo", "ref_model": "x"}, "ref_model"),
+        ({"pref_loss": "simpo", "ld_alpha": 0.5}, "ld_alpha"),
         ({"simpo_gamma": 1.0}, "simpo_gamma"),
         ({"packing": True}, "packing"),
         ({"stage": "sft", "pref_beta": 0.5}, "pref_beta"),

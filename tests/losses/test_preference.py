@@ -130,3 +130,14 @@ def test_losses_are_added_with_their_weights() -> None:
 
 def test_configurations_know_the_same_names() -> None:
     assert tuple(LOSSES) == PREFERENCE_LOSSES
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("values", [(0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-3000.0, -10.0), (-10.0, -3000.0)])
+def test_certain_answers_and_far_ones_have_finite_gradients(name: str, values: tuple[float, float]) -> None:
+    """In float32 a probability can be 1, and a log-ratio can be large."""
+    made = [torch.tensor([value], requires_grad=True) for value in values]
+    two, reference = torch.tensor([2.0]), torch.tensor([-5.0])
+    loss = LOSSES[name](PairLogps(*made, two, two, reference, reference), PreferenceOptions(0.1, 0.1)).sum()
+    gradients = [found for found in torch.autograd.grad(loss, made, allow_unused=True) if found is not None]
+    assert all(found.isfinite().all() for found in (loss, *gradients))

@@ -52,7 +52,10 @@ def _weighted(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     parts = [part.partition(":") for part in value.split(",") if part.strip()]
-    return {name.strip(): weight.strip() if colon else 1.0 for name, colon, weight in parts}
+    weights = {name.strip(): weight.strip() if colon else 1.0 for name, colon, weight in parts}
+    if len(weights) < len(parts):
+        raise ValueError("names a loss twice; give each once, with its weight")
+    return weights
 
 
 ClassWeight = Annotated[float, Field(gt=0)] | Literal["balanced"]

@@ -254,8 +254,9 @@ def _preference_rules(finetuning: FinetuningArguments) -> Iterator[tuple[str, st
     for key, name in (("simpo_gamma", "simpo"), ("discopop_tau", "discopop")):
         if getattr(finetuning, key) != _default(finetuning, key) and name not in weights:
             yield key, f"belongs to pref_loss: {name}; remove the key"
-    if finetuning.ref_model is not None and set(weights) <= REFERENCE_FREE_LOSSES:
-        yield "ref_model", f"{', '.join(weights)} need no reference; remove the key"
+    for key in ("ref_model", "ld_alpha") if set(weights) <= REFERENCE_FREE_LOSSES else ():
+        if getattr(finetuning, key) is not None:
+            yield key, f"has no meaning with {', '.join(weights)}, which need no reference; remove the key"
 
 
 def _stage_rules(

@@ -84,6 +84,9 @@ class PreferenceOptions:
     discopop_tau: float = 0.05
 
 
+_SURE = 1e-8
+"""``-log p`` of a probability that is as good as 1."""
+
 PairLoss = Callable[[PairLogps, PreferenceOptions], torch.Tensor]
 
 
@@ -202,7 +205,7 @@ def discopop(pairs: PairLogps, options: PreferenceOptions) -> torch.Tensor:
     """
     z = options.beta * pairs.margin
     share = torch.sigmoid(z / options.discopop_tau)
-    return -logsigmoid(z) * (1 - share) + torch.exp(-z) * share
+    return -logsigmoid(z) * (1 - share) + torch.exp(logsigmoid(z / options.discopop_tau) - z)  # share * exp(-z) overflows
 
 
 def kto_pair(pairs: PairLogps, options: PreferenceOptions) -> torch.Tensor:
@@ -251,9 +254,14 @@ def orpo(pairs: PairLogps, options: PreferenceOptions) -> torch.Tensor:
 
     Example: means of -0.5 and -1: odds 1.5415 and 0.5820: ``0.5 + 0.5 * 0.3203 = 0.6602``.
     """
-    chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
-    odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
-    return -chosen - options.beta * logsigmoid(odds)
+    odds = _log_odds(pairs.chosen_mean) - _log_odds(pairs.rejected_mean)
+    return -pairs.chosen_mean - options.beta * logsigmoid(odds)
+
+
+def _log_odds(mean: torch.Tensor) -> torch.Tensor:
+    """``log(p / (1 - p))`` of ``log p``; of a probability that is rounded to 1 a large number, without gradient."""
+    mean = mean.clamp(max=-_SURE)
+    return mean - torch.log(-torch.expm1(mean))
 
 
 def simpo(pairs: PairLogps, options: PreferenceOptions) -> torch.Tensor:

@@ -30,6 +30,7 @@ from tunesmith.data.mismatched import MismatchedFeedback
 from tunesmith.data.prepare import data_seed
 from tunesmith.data.source import file_sha
 from tunesmith.errors import DataError, ModelError, NonFiniteError
+from tunesmith.model.files import ADAPTER_CONFIG, CONFIG
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.lineage import Line
 from tunesmith.model.load import load_base_model, prepare_flat, prepare_sharing
@@ -112,6 +113,10 @@ def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
     if name is None:
         return given
     args = _reference_args(config)
+    try:
+        locate(args)
+    except ModelError as error:
+        raise ModelError(f"ref_model: {str(error).removeprefix('model_name_or_path: ')}") from error
     given.reporter.note(f"reference: {name}")
     tokenizer = load_tokenizer(args)
     if tokenizer.get_vocab() != given.tokenizer.get_vocab():
@@ -124,8 +129,12 @@ def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
 
 
 def _reference_args(config: RunConfig) -> ModelArguments:
-    other = {"model_name_or_path": config.finetuning.ref_model, "checkpoint_dir": (), "quantization_bit": None}
-    return config.model.model_copy(update=other)
+    """The arguments by which ``ref_model`` is loaded; revision and trust were given to the model of that name alone."""
+    name, args = config.finetuning.ref_model, config.model
+    other: dict[str, Any] = {"model_name_or_path": name, "checkpoint_dir": (), "quantization_bit": None}
+    if name != args.model_name_or_path:
+        other |= {"model_revision": "main", "trust_remote_code": False}
+    return args.model_copy(update=other)
 
 
 def _facts(config: RunConfig, given: Ingredients, line: Line) -> dict[str, object]:
@@ -135,14 +144,23 @@ def _facts(config: RunConfig, given: Ingredients, line: Line) -> dict[str, objec
     source = locate(args)
     folders = [source.path, *([source.adapter] if source.adapter else []), *([] if named else [a.path for a in line.ancestors])]
     start = {} if named else {key: getattr(config.finetuning, key) for key in ("finetuning_type", "pissa_init", "lora_rank")}
+    if start.get("finetuning_type") == "peft":  # an adapter of such a method may begin at random
+        start |= {"peft_method": config.finetuning.peft_method, "peft_args": config.finetuning.peft_args}
+        start["seed"] = config.training.seed
     return {
-        "weights": [file_sha(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))],
-        "tokens": [args.add_tokens, args.add_special_tokens],
+        "files": [file_sha(file) for folder in folders for file in sorted(folder.iterdir()) if _says_what_is_computed(file)],
+        "tokens": [args.add_tokens, args.add_special_tokens, len(given.tokenizer)],
         "quantisation": [args.quantization_bit, args.quantization_type, args.double_quantization],
         "dtype": str(given.compute_dtype),
+        "norms": [args.upcast_layernorm, args.layer_norm_names],
         "segments": [given.forward.segments, given.forward.share],
         **start,
     }
+
+
+def _says_what_is_computed(file: Path) -> bool:
+    """Weights, the settings of a model or adapter, and code that comes with it."""
+    return file.suffix in (".safetensors", ".py") or file.name in (CONFIG, ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True)
