@@ -78,6 +78,7 @@ def test_settings_reach_both_answers() -> None:
         ({"chosen": [USER, GOOD], "rejected": [turn("user", "other"), BAD]}, "no-common-prompt"),
         ({"chosen": [USER], "rejected": [USER]}, "no-common-prompt"),
         ({"messages": [USER], "chosen": {**GOOD, "loss": 0}, "rejected": BAD}, "no-answer"),
+        ({"messages": [USER], "chosen": [GOOD, USER, {**GOOD, "loss": 0.5}], "rejected": BAD}, "weight"),
     ],
 )
 def test_pairs_that_are_none(row: dict[str, Any], code: str) -> None:
@@ -107,6 +108,8 @@ def test_verdicts_that_are_none(verdict: Any) -> None:
     attr = found({"messages": [USER, GOOD], "label": True}, "feedback")
     with pytest.raises(RowProblem, match="expected true or false"):
         convert_feedback({"messages": [USER, GOOD], "label": verdict}, attr, SOURCE)
+    with pytest.raises(RowProblem, match=r"has the weight 0\.5, expected 1"):
+        convert_feedback({"messages": [USER, {**GOOD, "loss": 0.5}], "label": True}, attr, SOURCE)
     with pytest.raises(RowProblem, match="by the user"):
         convert_feedback({"messages": [USER, GOOD, USER], "label": True}, attr, SOURCE)
 

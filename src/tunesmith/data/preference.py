@@ -49,12 +49,21 @@ def convert_pair(
     for answer, what in zip((better, worse), _SIDES, strict=True):
         if not any(m.role == "assistant" and m.weight > 0 for m in answer):
             raise RowProblem("no-answer", f"{what} has no turn that counts", "Give one of its turns a weight above 0.")
+        for message in answer:
+            _check_weight(message, what)
     prompt = completed(question, attr, default_system, placeholders)
     chosen, rejected = (with_placeholders(answer, placeholders) for answer in (better, worse))
     margin = 0.0
     if attr.margin_column is not None:
         margin = number(column(row, attr.margin_column, "margin", source), attr.margin_column)
     return PreferencePair(prompt, chosen, rejected, source, tools_of(row, attr), margin)
+
+
+def _check_weight(message: Message, what: str) -> None:
+    """Raise RowProblem for a turn that would count in part: answers are compared by all that they say."""
+    if message.role == "assistant" and message.weight not in (0, 1):
+        found = f"a turn of {what} has the weight {message.weight:g}, expected 1 (it counts) or 0 (it does not)"
+        raise RowProblem("weight", found, "Write true, false, 1 or 0; only stage sft learns turns by their weight.")
 
 
 def _answers(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[list[Message]]:
@@ -117,6 +126,7 @@ def convert_feedback(
         found = f"by the {last.role}" if last.role != "assistant" else "of weight 0"
         message = f"the last turn is {found}; the verdict is on an answer by the assistant"
         raise RowProblem("no-answer", message, "End the row with the answer that was judged.")
+    _check_weight(last, "the answer that was judged")
     return Feedback(dialogue.messages, good, source, dialogue.tools)
 
 
