@@ -75,6 +75,7 @@ def test_settings_reach_both_answers() -> None:
         ({"prompt": "q", "chosen": "good"}, "missing-column"),
         ({"prompt": " ", "chosen": "good", "rejected": "bad"}, "empty-prompt"),
         ({"messages": [USER], "chosen": USER, "rejected": BAD}, "bad-answer"),
+        ({"messages": [USER], "chosen": GOOD, "rejected": [BAD, USER]}, "bad-answer"),
         ({"chosen": [USER, GOOD], "rejected": [turn("user", "other"), BAD]}, "no-common-prompt"),
         ({"chosen": [USER], "rejected": [USER]}, "no-common-prompt"),
         ({"messages": [USER], "chosen": {**GOOD, "loss": 0}, "rejected": BAD}, "no-answer"),
@@ -86,6 +87,7 @@ def test_pairs_that_are_none(row: dict[str, Any], code: str) -> None:
     with pytest.raises(RowProblem) as caught:
         convert_pair(row, attr, SOURCE)
     assert caught.value.code == code
+    assert "the the" not in caught.value.message
 
 
 def test_two_answers_in_one_column() -> None:

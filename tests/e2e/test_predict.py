@@ -98,6 +98,7 @@ def test_what_cannot_score_is_told(run: Path, settings: dict[str, Any], write_co
         ((run, file, "learning_rate=1"), "learning_rate: without effect"),
         ((run, tmp_path / "none.jsonl"), "none.jsonl"),
         ((run, empty), "nothing that can be scored"),
+        ((run, file, "--output", file, "--overwrite"), "is the file that is scored"),
     ):
         done = tunesmith("predict", *arguments, check=False)
         assert done.returncode and reason in done.stderr, (arguments, done.stderr)

@@ -40,7 +40,7 @@ def convert_row(
     messages = read_question(row, attr, source)
     if attr.formatting == "alpaca":
         name = required(attr.response_column, "response", attr, source)
-        messages += read_answer(column(row, name, "response", source), OPENAI_KEYS, name)
+        messages += read_answer(column(row, name, "the response", source), OPENAI_KEYS, name)
     if not any(m.role == "assistant" and m.weight > 0 for m in messages):
         raise RowProblem("no-answer", "no assistant turn to learn", "Add an answer, or leave the row out.")
     return Conversation(completed(messages, attr, default_system, placeholders), source, tools_of(row, attr))
@@ -105,7 +105,7 @@ def convert_document(row: Mapping[str, Any], attr: DatasetAttr, source: Source) 
     """
     plain = source.file.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
     name = "text" if plain or attr.prompt_column is None else attr.prompt_column
-    content = text(column(row, name, "text", source), "column", name)
+    content = text(column(row, name, "the text", source), "column", name)
     return Document(filled(content, "empty-text", f"column {name!r} is empty"), source)
 
 
@@ -150,7 +150,7 @@ def column(row: Mapping[str, Any], name: str, what: str, source: Source) -> Any:
         found = ", ".join(map(repr, list(row)[:8])) or "none"
         raise RowProblem(
             "missing-column",
-            f"no column {name!r} for the {what}; the row has {found}",
+            f"no column {name!r} for {what}; the row has {found}",
             f"Say which column it is under columns of {source.dataset!r} in dataset_info.json.",
             unreadable=True,
         )
@@ -170,7 +170,7 @@ def tools_of(row: Mapping[str, Any], attr: DatasetAttr) -> Tools:
 
 def _alpaca(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[Message]:
     name = required(attr.prompt_column, "prompt", attr, source)
-    value = column(row, name, "prompt", source)
+    value = column(row, name, "the prompt", source)
     history = _history(row.get(attr.history_column), attr.history_column) if attr.history_column else []
     if holds_turns(value):
         return [*_system(row, attr), *history, *read_turns(value if isinstance(value, list) else [value], OPENAI_KEYS, name)]
@@ -196,7 +196,7 @@ def _history(value: Any, column: str) -> list[Message]:
 
 def _chat(row: Mapping[str, Any], attr: DatasetAttr, source: Source, keys: Keys) -> list[Message]:
     name = required(attr.messages_column, "messages", attr, source)
-    messages = read_turns(column(row, name, "turns", source), keys, name)
+    messages = read_turns(column(row, name, "the turns", source), keys, name)
     system = _system(row, attr)
     if system and messages[0].role == "system":
         if messages[0].content != system[0].content:

@@ -49,13 +49,16 @@ def convert_pair(
     for answer, what in zip((better, worse), _SIDES, strict=True):
         if not any(m.role == "assistant" and m.weight > 0 for m in answer):
             raise RowProblem("no-answer", f"{what} has no turn that counts", "Give one of its turns a weight above 0.")
-        for message in answer:
-            _check_weight(message, what)
+        if (last := answer[-1].role) != "assistant":
+            message = f"{what} ends with a turn by the {last}, expected the assistant's"
+            raise RowProblem("bad-answer", message, "Leave out what comes after the answer.")
+        for turn in answer:
+            _check_weight(turn, what)
     prompt = completed(question, attr, default_system, placeholders)
     chosen, rejected = (with_placeholders(answer, placeholders) for answer in (better, worse))
     margin = 0.0
     if attr.margin_column is not None:
-        margin = number(column(row, attr.margin_column, "margin", source), attr.margin_column)
+        margin = number(column(row, attr.margin_column, "the margin", source), attr.margin_column)
     return PreferencePair(prompt, chosen, rejected, source, tools_of(row, attr), margin)
 
 
@@ -73,7 +76,7 @@ def _answers(row: Mapping[str, Any], attr: DatasetAttr, source: Source) -> list[
         known = [required(n, key, attr, source) for n, key in zip(names, ("chosen", "rejected"), strict=True)]
         return [read_answer(column(row, n, what, source), keys, n, what) for n, what in zip(known, _SIDES, strict=True)]
     name = required(attr.response_column, "chosen and rejected, or response", attr, source)
-    value = column(row, name, "two answers", source)
+    value = column(row, name, "the two answers", source)
     if not isinstance(value, list) or len(value) != 2:
         found = f"a list of {len(value)}" if isinstance(value, list) else type_name(value)
         message = f"column {name!r} is {found}, expected a list of two answers, the better one first"
@@ -114,7 +117,7 @@ def convert_feedback(
     Args, raises: as ``convert_row``.
     """
     name = required(attr.kto_tag_column, "kto_tag", attr, source)
-    value = column(row, name, "verdict", source)
+    value = column(row, name, "the verdict", source)
     good = verdict(value)
     if good is None:
         found = repr(value) if isinstance(value, (int, float)) else type_name(value)

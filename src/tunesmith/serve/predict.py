@@ -63,6 +63,8 @@ def predict(
     """
     run, config = _finished_run(target, overrides)
     output = output or run / f"scores-{Path(file).name.partition('.')[0]}.jsonl"
+    if output.exists() and Path(file).exists() and output.samefile(file):
+        raise ConfigError(f"{output}: is the file that is scored; give another --output")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: there already; give another --output, or --overwrite")
     kind = _kind_of(config.data, file)
