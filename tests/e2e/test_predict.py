@@ -84,6 +84,30 @@ def test_single_answers_feedback_texts_and_what_is_left_out(run: Path, tmp_path:
     ] * 2
 
 
+@pytest.mark.parametrize("beneath", ["lora", "freeze"])
+def test_what_a_run_went_on_from_may_be_gone(settings: dict[str, Any], write_config: Any, tmp_path: Path, beneath: str) -> None:
+    """An adapter is contained in the run's own; weights of a freeze run are not."""
+    first = {**settings, "finetuning_type": beneath, "output_dir": str(tmp_path / "first"), "max_steps": 2}
+    tunesmith("train", write_config(first))
+    folder = write_dataset(Path(settings["dataset_dir"]), pairs(12), "pairs", ranking=True, columns=COLUMNS)
+    values = {
+        **settings,
+        "stage": "rm",
+        "dataset": "pairs",
+        "checkpoint_dir": first["output_dir"],
+        "resume_lora_training": False,
+    }
+    tunesmith("train", write_config(values))
+    run, file = values["output_dir"], folder / "pairs.jsonl"
+    expected = read(Path(tunesmith("predict", run, file).stdout.splitlines()[-1]))
+    (tmp_path / "first").rename(tmp_path / "away")
+    done = tunesmith("predict", run, file, "--overwrite", check=beneath == "lora")
+    if beneath == "lora":
+        assert read(Path(done.stdout.splitlines()[-1])) == expected
+    else:
+        assert done.returncode and "first" in done.stderr
+
+
 def test_what_cannot_score_is_told(run: Path, settings: dict[str, Any], write_config: Any, tmp_path: Path) -> None:
     file = run.parent / "data/rows.jsonl"
     supervised = {**settings, "output_dir": str(tmp_path / "sft"), "max_steps": 1}

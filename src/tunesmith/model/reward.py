@@ -34,7 +34,7 @@ from tunesmith.model.heads import ValueHead, has_head, head_width, load_value_he
 from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import line_of, put_beside, with_adapter
 from tunesmith.model.load import load_base_model, load_classifier, prepare_flat
-from tunesmith.model.origin import fingerprint
+from tunesmith.model.origin import fingerprint, read_origin
 from tunesmith.model.precision import autocast, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.roles import playing
@@ -264,12 +264,13 @@ def _compare_bases(args: ModelArguments, folder: Path) -> None:
         )
     if not (folder / _RUN).is_file():
         return
-    theirs = load_config(folder / _RUN)[0].model
-    if _weights(theirs) != _weights(args):
+    needed = [part.sha256 for part in read_origin(folder).needs]
+    if needed != [fingerprint(weights) for weights in line.weights]:
         raise ModelError(
             f"reward_model: {folder} was trained on weights of freeze runs (checkpoint_dir) that are not those of the trunk; "
             "export them, and give the export as model_name_or_path of both"
         )
+    theirs = load_config(folder / _RUN)[0].model
     keys = ("quantization_bit", "quantization_type", "double_quantization")
     if any(getattr(theirs, key) != getattr(args, key) for key in keys):
         log.warning("reward_model: %s was trained on a base quantised otherwise, so its scores are somewhat off", folder)
@@ -280,10 +281,6 @@ def _same(one: str, other: str) -> bool:
         return True
     paths = Path(one).expanduser(), Path(other).expanduser()
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
-
-
-def _weights(args: ModelArguments) -> list[str]:
-    return [fingerprint(folder) for folder in line_of(args).weights]
 
 
 def _trained(head: ValueHead, where: Path) -> ValueHead:
