@@ -148,6 +148,8 @@ def test_a_reference_that_cannot_be_loaded_is_named(preferring: dict[str, Any], 
         with pytest.raises(ModelError, match=f"ref_model: .*{name.name}"):
             built(preferring, write_config, ref_model=str(name), trust_remote_code=True)
     assert not (tmp_path / "ran").exists()
+    done = tunesmith("check", write_config({**preferring, "ref_model": str(tmp_path / "none")}), check=False)
+    assert done.returncode == 1 and "ref_model: no such folder" in done.stdout
 
 
 def test_the_length_is_left_out_of_log_ratios_alone(preferring: dict[str, Any], write_config: Any) -> None:

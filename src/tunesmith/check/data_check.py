@@ -31,6 +31,7 @@ from tunesmith.model.precision import pick_device
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.stages.kto import balanced
 from tunesmith.stages.plan import heaviest_batch, plan_run, refuse_impossible
+from tunesmith.stages.reference import check_reference
 from tunesmith.stages.run import TRAINERS
 from tunesmith.types import Batch, Source
 
@@ -99,6 +100,7 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target | None
         for sentence in no_effect(tokenizer, config.data.template_options):
             checked.warnings.append(_entry("no-effect", sentence, fix="Remove the key, or use a template that knows it."))
         _look_at_data(config, target or target_of(config), tokenizer, checked)
+        check_reference(config, tokenizer)
     except TunesmithError as error:
         checked.errors.append(_entry(type(error).__name__, str(error)))
     return checked

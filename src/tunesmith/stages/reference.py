@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import ModelArguments, RunConfig
 from tunesmith.config.paths import cache_root
@@ -100,6 +101,21 @@ def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients
     return replace(given, train_examples=known, eval_examples=held_out)
 
 
+def check_reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError where ``ref_model`` is not there, or has other tokens than the tokenizer; no weight is read."""
+    name = config.finetuning.ref_model
+    if name is None:
+        return
+    args = _reference_args(config)
+    try:
+        locate(args, weights=False)
+    except ModelError as error:
+        raise ModelError(f"ref_model: {str(error).removeprefix('model_name_or_path: ')}") from error
+    if load_tokenizer(args).get_vocab() != tokenizer.get_vocab():
+        own = config.model.model_name_or_path
+        raise ModelError(f"ref_model: {name} has other tokens than {own}; take a model with the same tokenizer")
+
+
 def _mismatched(config: RunConfig, rows: Any) -> Any:
     """Feedback with mismatched answers, where its loss asks for them; anything else as it is."""
     if rows is None or config.finetuning.stage != "kto" or config.finetuning.kto_loss != "kto":
@@ -113,15 +129,8 @@ def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
     if name is None:
         return given
     args = _reference_args(config)
-    try:
-        locate(args)
-    except ModelError as error:
-        raise ModelError(f"ref_model: {str(error).removeprefix('model_name_or_path: ')}") from error
     given.reporter.note(f"reference: {name}")
     tokenizer = load_tokenizer(args)
-    if tokenizer.get_vocab() != given.tokenizer.get_vocab():
-        own = config.model.model_name_or_path
-        raise ModelError(f"ref_model: {name} has other tokens than {own}; take a model with the same tokenizer")
     model = load_base_model(args, given.compute_dtype, given.device, tokenizer)
     segments = prepare_flat(model, args)
     forward = FlatForward(model, segments, share=config.finetuning.share_prompts and prepare_sharing(model, segments))

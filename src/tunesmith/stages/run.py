@@ -45,7 +45,7 @@ from tunesmith.stages.kernels import fuse_layers
 from tunesmith.stages.kto import FeedbackPeftTrainer, balanced
 from tunesmith.stages.plan import decide
 from tunesmith.stages.pretrain import PretrainPeftTrainer
-from tunesmith.stages.reference import referenced
+from tunesmith.stages.reference import check_reference, referenced
 from tunesmith.stages.rm import PairwisePeftTrainer
 from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
@@ -92,6 +92,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     line = line_of(config.model)
     source = _source(config, line)
     tokenizer = _tokenizer(config, line, reporter)
+    check_reference(config, tokenizer)
     report = DataReport()
     train, held_out = load_rows(config, tokenizer, report)
     for sentence in report.found if isinstance(train, ExampleStream) else report.lines():
