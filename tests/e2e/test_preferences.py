@@ -130,11 +130,15 @@ def test_only_pairs_that_are_come_to_are_asked_for(preferring: dict[str, Any], w
     assert all(values is not None and values.isfinite().all() for values in seen)
 
 
-def test_another_model_can_be_the_reference(preferring: dict[str, Any], write_config: Any, shared: Path) -> None:
+def test_another_model_can_be_the_reference(
+    preferring: dict[str, Any], write_config: Any, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"model_name_or_path": str(shared / "models/stories260K"), "template": "chatml", "resize_vocab": True}
     other = {**preferring, **changes, "ref_model": str(shared / "models/stories260K-mistral"), "pref_loss": "sigmoid"}
     same = built({**preferring, **changes}, write_config).given.train_examples[0].reference
     assert built(other, write_config).given.train_examples[0].reference == pytest.approx(same, rel=1e-4)  # the same weights
+    monkeypatch.setattr(reference, "load_base_model", None)  # what is known is not asked for again
+    assert built(other, write_config).given.train_examples[0].reference == pytest.approx(same, rel=1e-4)
 
 
 def test_a_reference_that_cannot_be_loaded_is_named(preferring: dict[str, Any], write_config: Any, tmp_path: Path) -> None:

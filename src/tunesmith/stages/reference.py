@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from tunesmith.model.files import ADAPTER_CONFIG, CONFIG
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.lineage import Line
 from tunesmith.model.load import load_base_model, prepare_flat, prepare_sharing
+from tunesmith.model.memory import out_of_memory_explained
 from tunesmith.model.output import find_output
 from tunesmith.model.source import locate
 from tunesmith.model.tokenizer import load_tokenizer
@@ -93,7 +95,7 @@ def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients
     loader = make_loader(train, training, data_seed(config), given.shuffle, None)
     assert isinstance(loader, DataLoader)
     size = training.per_device_train_batch_size
-    reference = Reference(_answering(config, given), _facts(config, given, line), tuning.ld_alpha, size)
+    reference = Reference(cache(partial(_answering, config, given)), _facts(config, given, line), tuning.ld_alpha, size)
     needed = visited(loader, planned_updates(loader, training))
     known = with_reference(train, needed, reference, given.reporter)
     if isinstance(held_out, Rows):
@@ -177,13 +179,13 @@ class Reference:
     """Who answers.
 
     Attributes:
-        given: the reference model, ready for flat batches.
+        loaded: gives the reference model, ready for flat batches; called only if something is to be computed.
         facts: all that its answers depend on beside the rows.
         ld_alpha: share of the tokens by which one answer is longer (see ``answer_logps``).
         batch_size: rows in a batch.
     """
 
-    given: Ingredients
+    loaded: Callable[[], Ingredients]
     facts: dict[str, object]
     ld_alpha: float | None
     batch_size: int
@@ -218,7 +220,9 @@ def with_reference(rows: Rows[K], needed: np.ndarray, reference: Reference, repo
 @torch.no_grad()
 def _compute(rows: Rows[K], missing: np.ndarray, reference: Reference, table: np.ndarray) -> Iterator[None]:
     """Fill the table, the longest rows first; yields after each batch."""
-    model, given = reference.given.forward.model, reference.given
+    with torch.random.fork_rng():  # a run in which nothing is left to compute draws the same numbers
+        given = reference.loaded()
+    model = given.forward.model
     order: Sequence[int] = missing[np.argsort(-rows.lengths[missing], kind="stable")].tolist()
     training = model.training
     model.eval()
@@ -226,7 +230,8 @@ def _compute(rows: Rows[K], missing: np.ndarray, reference: Reference, table: np
         for begin in range(0, len(order), reference.batch_size):
             chosen = order[begin : begin + reference.batch_size]
             batch = collate([rows[index] for index in chosen]).to(given.device)
-            logps_2P = _logps(given, batch, reference.ld_alpha)
+            with out_of_memory_explained("in the reference's pass", [batch]):
+                logps_2P = _logps(given, batch, reference.ld_alpha)
             if not bool(logps_2P.isfinite().all()):
                 where = ", ".join(str(source) for source in batch.sources[: len(chosen)])
                 raise NonFiniteError(f"the reference gives a log-probability that is not finite. Rows: {where}")
