@@ -18,7 +18,7 @@ from tunesmith.config.load import load_config
 from tunesmith.config.preferences import PREFERENCE_LOSSES
 from tunesmith.data.collator import collate
 from tunesmith.data.kinds import Rows
-from tunesmith.errors import ModelError
+from tunesmith.errors import DataError, ModelError
 from tunesmith.stages import reference
 from tunesmith.stages.pairs import answer_logps
 from tunesmith.stages.run import build_trainer
@@ -164,6 +164,13 @@ def test_the_length_is_left_out_of_log_ratios_alone(preferring: dict[str, Any], 
         step = trainer.training_step(next(trainer.loader.windows(0)))
         found.append([step.loss_sum, step.metrics["logps/rejected"][0]])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_place_that_cannot_be_written_is_named(preferring: dict[str, Any], write_config: Any, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/reference").touch()
+    with pytest.raises(DataError, match=r"cannot be written: .*; free some space, or set TUNESMITH_HOME"):
+        built(preferring, write_config)
 
 
 def test_log_probabilities_of_answers_by_hand() -> None:

@@ -14,7 +14,9 @@ import torch
 from tests.conftest import WORDS, tunesmith, write_dataset
 from tunesmith import Conversation, Message, ModelArguments, Source, load_reward_model
 from tunesmith.config.load import load_config
+from tunesmith.errors import NonFiniteError
 from tunesmith.losses.pairwise import pairwise_loss
+from tunesmith.model.adapter import head_of
 from tunesmith.stages.run import build_trainer
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.runlog import read_log
@@ -154,3 +156,13 @@ def test_a_margin_from_the_data_is_asked_for(rewarding: dict[str, Any], write_co
         done = tunesmith("train", write_config({**rewarding, **changes, "on_bad_row": "error"}), check=False)
         assert done.returncode
         assert "graded.jsonl:9" in done.stderr and f"'better_by' is {shown}, expected a finite number" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_each_pair_once(rewarding: dict[str, Any], write_config: Any) -> None:
+    trainer, _ = build_trainer(load_config(write_config(rewarding))[0], SilentReporter())
+    head = head_of(trainer.model)
+    assert head is not None
+    torch.nn.init.constant_(head.summary.weight, torch.nan)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.training_step(next(trainer.loader.windows(0)))
+    assert str(caught.value).count("pairs.jsonl") == rewarding["per_device_train_batch_size"]

@@ -6,6 +6,7 @@ Either way no second model is in memory while training runs, and in a second epo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -267,5 +268,6 @@ def _write(file: Path, table: np.ndarray) -> None:
         save_file({"logps": torch.from_numpy(table)}, scratch)
         scratch.replace(file)
     except (OSError, SafetensorError) as error:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise DataError(f"{file}: cannot be written: {error}; free some space, or set TUNESMITH_HOME to another disk") from None

@@ -151,4 +151,4 @@ def means(metrics: Mapping[str, tuple[float, int]]) -> dict[str, float]:
 
 
 def _rows(window: Sequence[Batch]) -> str:
-    return ", ".join(str(source) for batch in window for source in batch.sources)
+    return ", ".join(dict.fromkeys(str(source) for batch in window for source in batch.sources))  # of a pair there are two
