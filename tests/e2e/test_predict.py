@@ -51,6 +51,9 @@ def test_scores_are_those_of_the_evaluation(run: Path, tmp_path: Path) -> None:
     again = tunesmith("predict", run, file, check=False)
     assert again.returncode and "--overwrite" in again.stderr
     other = tmp_path / "other.jsonl"
+    if not (run / "adapter_config.json").is_file():  # a whole model has no base
+        refused = tunesmith("predict", run, file, "model_name_or_path=other", "--overwrite", check=False)
+        assert refused.returncode and "model_name_or_path: without effect" in refused.stderr
     tunesmith("predict", run, "pairs", "--output", other)  # by the name in dataset_info.json
     assert [entry["chosen"] for entry in read(other)] == [entry["chosen"] for entry in found.values()]
 

@@ -47,6 +47,10 @@ log = logging.getLogger(__name__)
 
 REWARD = "reward"
 """Name of the reward model's adapter on a shared trunk."""
+HEEDED_BY_WHOLE = (
+    "cache_dir", "use_auth_token", "compute_dtype", "attn_implementation", "upcast_layernorm", "layer_norm_names",
+)  # fmt: skip
+"""What a reward model of ``reward_model_type: full`` takes from the arguments."""
 _RUN = "config.yaml"
 _MOST_TOKENS = 8192
 """Computed at once."""
@@ -294,8 +298,7 @@ def _trained(head: ValueHead, where: Path) -> ValueHead:
 
 def _whole(args: ModelArguments, date: str | None, options: Mapping[str, Any]) -> ModelScorer:
     assert args.reward_model is not None
-    kept = ("cache_dir", "use_auth_token", "compute_dtype", "attn_implementation", "upcast_layernorm", "layer_norm_names")
-    own = ModelArguments(model_name_or_path=args.reward_model, **{key: getattr(args, key) for key in kept})
+    own = ModelArguments(model_name_or_path=args.reward_model, **{key: getattr(args, key) for key in HEEDED_BY_WHOLE})
     try:
         source = locate(own)
     except ModelError as error:

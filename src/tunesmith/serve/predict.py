@@ -24,7 +24,7 @@ from tunesmith.errors import CheckpointError, ConfigError, DataError, ModelError
 from tunesmith.model.files import ADAPTER_CONFIG
 from tunesmith.model.heads import has_head
 from tunesmith.model.origin import read_origin
-from tunesmith.model.reward import ModelScorer, load_reward_model
+from tunesmith.model.reward import HEEDED_BY_WHOLE, ModelScorer, load_reward_model
 from tunesmith.train.runfolder import CONFIG, is_finished
 from tunesmith.types import Conversation, Document, Feedback, Message, PreferencePair, Row
 
@@ -33,7 +33,7 @@ _DATA_KEYS = {
     "template_date",
 }  # fmt: skip
 _HEEDED = _DATA_KEYS | (ModelArguments.model_fields.keys() - {*REWARD_KEYS, "plot_loss", "add_tokens", "add_special_tokens"})
-"""Keys that may be given beside a run."""
+"""Keys that may be given beside a run that trained an adapter."""
 _KINDS: tuple[Target, ...] = ("pair", "feedback", "conversation", "document")
 """What a file may hold, the most telling first."""
 _LEFT_OUT: tuple[Kind, ...] = ("unreadable", "uncertified", "dropped")
@@ -92,15 +92,15 @@ def predict(
 
 def _finished_run(target: Path, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
     """The run folder, and its configuration with what was asked for."""
-    useless = [key for key in (text.partition("=")[0] for text in overrides) if key not in _HEEDED]
-    if useless:
-        raise ConfigError(f"{', '.join(useless)}: without effect here; predict takes {', '.join(sorted(_DATA_KEYS))} and what "
-                          "says how the model is loaded")  # fmt: skip
     run = Path(load_config(target)[0].training.output_dir) if target.is_file() else target
     if not (run / CONFIG).is_file():
         raise CheckpointError(f"{run}: no run (it has no {CONFIG}); give the folder of a finished run, or its YAML")
     if not is_finished(run):
         raise CheckpointError(f"{run}: the run has not finished; go on with resume_from_checkpoint=auto")
+    heeded = _HEEDED if (run / ADAPTER_CONFIG).is_file() else _DATA_KEYS.union(HEEDED_BY_WHOLE)
+    useless = [key for key in (text.partition("=")[0] for text in overrides) if key not in heeded]
+    if useless:
+        raise ConfigError(f"{', '.join(useless)}: without effect here; predict takes {', '.join(sorted(heeded))}")
     config, _ = load_config(run / CONFIG, overrides)
     if not has_head(run):
         raise ConfigError(
