@@ -244,6 +244,12 @@ def test_what_passes_is_tried_again(serve: Serve, caplog: pytest.LogCaptureFixtu
     assert "s3cret" not in caplog.text
 
 
+def test_a_pause_that_is_no_number_is_not_heeded(serve: Serve) -> None:
+    address, asked = serve((429, b"", {"Retry-After": "\xb2"}), GOOD)  # a superscript is a digit too
+    assert EndpointScorer(address, 5, pause=0.001).scores(TWO).tolist() == [0.5, -2.0]
+    assert len(asked) == 2
+
+
 def test_what_goes_on_ends_the_run(serve: Serve) -> None:
     address, asked = serve((500, b"out of memory"))
     with pytest.raises(ModelError, match=r"status 500 .*'out of memory'; tried 4 times"):

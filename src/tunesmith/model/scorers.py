@@ -253,4 +253,4 @@ def _hint(status: int) -> str:
 def _asked_pause(headers: email.message.Message) -> float | None:
     """Seconds that ``Retry-After`` asks for, if it gives a number."""
     asked = headers.get("Retry-After", "")
-    return min(float(asked), _LONGEST_PAUSE) if asked.isdigit() else None
+    return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() else None
