@@ -104,7 +104,7 @@ def test_the_reference_is_computed_once(preferring: dict[str, Any], write_config
         built(preferring, write_config, ld_alpha=0.5)
 
 
-@pytest.mark.parametrize("changed", ["seed", "peft_args", "rope"])
+@pytest.mark.parametrize("changed", ["seed", "peft_args", "lora_target", "rope"])
 def test_another_start_is_asked_again(preferring: dict[str, Any], write_config: Any, tmp_path: Path, changed: str) -> None:
     """An adapter that begins at random, and a model whose settings were edited: the same weights, other numbers."""
     model = shutil.copytree(preferring["model_name_or_path"], tmp_path / "model")
@@ -115,7 +115,9 @@ def test_another_start_is_asked_again(preferring: dict[str, Any], write_config: 
     if changed == "rope":
         config["rope_parameters"]["rope_theta"] = 100.0
         (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    others = {"seed": {"seed": 7}, "peft_args": {"peft_args": {"r": 8, "init_weights": False}}}
+    others = {
+        "seed": {"seed": 7}, "peft_args": {"peft_args": {"r": 8, "init_weights": False}}, "lora_target": {"lora_target": "q_proj"},
+    }  # fmt: skip
     trainer = built({**values, **others.get(changed, {})}, write_config)
     trainer.model.train()
     step = trainer.training_step(next(trainer.loader.windows(0)))

@@ -155,10 +155,6 @@ def _facts(config: RunConfig, given: Ingredients, line: Line) -> dict[str, objec
     args = _reference_args(config) if named else line.on(config.model)
     source = locate(args)
     folders = [source.path, *([source.adapter] if source.adapter else []), *([] if named else [a.path for a in line.ancestors])]
-    start = {} if named else {key: getattr(config.finetuning, key) for key in ("finetuning_type", "pissa_init", "lora_rank")}
-    if start.get("finetuning_type") == "peft":  # an adapter of such a method may begin at random
-        start |= {"peft_method": config.finetuning.peft_method, "peft_args": config.finetuning.peft_args}
-        start["seed"] = config.training.seed
     return {
         "files": [file_sha(file) for folder in folders for file in sorted(folder.iterdir()) if _says_what_is_computed(file)],
         "tokens": [args.add_tokens, args.add_special_tokens, len(given.tokenizer)],
@@ -166,8 +162,17 @@ def _facts(config: RunConfig, given: Ingredients, line: Line) -> dict[str, objec
         "dtype": str(given.compute_dtype),
         "norms": [args.upcast_layernorm, args.layer_norm_names],
         "segments": [given.forward.segments, given.forward.share],
-        **start,
+        **({} if named else _start(config)),
     }
+
+
+def _start(config: RunConfig) -> dict[str, object]:
+    """What a new adapter makes of the model: nothing, but for rounding, unless another method of PEFT begins it at random."""
+    keys = ["finetuning_type", "pissa_init", "lora_rank"]
+    if config.finetuning.finetuning_type != "peft":
+        return {key: getattr(config.finetuning, key) for key in keys}
+    keys += ["peft_method", "peft_args", "lora_target"]
+    return {"seed": config.training.seed, **{key: getattr(config.finetuning, key) for key in keys}}
 
 
 def _says_what_is_computed(file: Path) -> bool:
