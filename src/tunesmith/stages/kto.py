@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 
 from tunesmith.config.arguments import FinetuningArguments, RunConfig, TrainingArguments
-from tunesmith.data.collator import collate
 from tunesmith.data.kinds import Rows
 from tunesmith.losses.feedback import kto_loss, reference_point
 from tunesmith.model.memory import out_of_memory_explained
@@ -41,13 +39,9 @@ class FeedbackPeftTrainer(PeftTrainer):
 
     def evaluate(self) -> dict[str, float]:
         """As every stage, with the reference point of all evaluation rows."""
-        trained_at, rows, size = self._point, self.given.eval_examples, self.args.per_device_eval_batch_size
+        trained_at = self._point
         if estimates(self.given.finetuning):
-            assert isinstance(rows, Rows)
-            order = np.argsort(rows.lengths, kind="stable").tolist()
-            parts = (order[begin : begin + size] for begin in range(0, len(order), size))
-            batches = (collate([rows[i] for i in part]) for part in parts)
-            self._point = self._estimated(batches, "in evaluation (see per_device_eval_batch_size)")
+            self._point = self._estimated(self.eval_batches(), "in evaluation (see per_device_eval_batch_size)")
         try:
             return super().evaluate()
         finally:

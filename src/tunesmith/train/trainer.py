@@ -270,12 +270,7 @@ class PeftTrainer:
         self.model.eval()
         loss_sum, count = 0.0, 0.0
         sums: dict[str, tuple[float, int]] = {}
-        size = self.args.per_device_eval_batch_size
-        rows = self.given.eval_examples
-        assert rows is not None
-        order = np.argsort(rows.lengths, kind="stable").tolist()
-        for begin in range(0, len(order), size):
-            batch = collate([rows[i] for i in order[begin : begin + size]])
+        for batch in self.eval_batches():
             with out_of_memory_explained("in evaluation (see per_device_eval_batch_size)", [batch]):
                 output = self.prediction_step(batch.to(self.given.device))
             loss_sum += output.sum.item()
@@ -283,6 +278,14 @@ class PeftTrainer:
             sums = add_metrics(sums, output.metrics)
         self.model.train()
         return {"eval_loss": loss_sum / count, **{f"eval_{name}": mean for name, mean in self.watched(sums).items()}}
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """The evaluation rows, those of similar length together, the shortest first."""
+        rows, size = self.given.eval_examples, self.args.per_device_eval_batch_size
+        assert rows is not None
+        order = np.argsort(rows.lengths, kind="stable").tolist()
+        for begin in range(0, len(order), size):
+            yield collate([rows[i] for i in order[begin : begin + size]])
 
     def _evaluate(self, log: RunLog) -> bool:
         with averaged(self.optimizer):
