@@ -160,6 +160,9 @@ def test_repeated_keys_are_refused(tmp_path: Path, name: str) -> None:
     text = '{"model_name_or_path": "m", "dataset": "a", "output_dir": "o", "seed": 1, "seed": 2}'
     with pytest.raises(ConfigError, match="seed: given twice"):
         load_config(write(tmp_path, text, name))
+    inner = text.replace('"seed": 1, "seed": 2', '"stage": "dpo", "pref_loss": {"sigmoid": 1, "sigmoid": 2}')
+    with pytest.raises(ConfigError, match="sigmoid: given twice"):
+        load_config(write(tmp_path, inner, name))
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just text", "{"])

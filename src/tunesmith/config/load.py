@@ -169,14 +169,20 @@ def _read_yaml(text: str, path: Path, raw: RawConfig) -> None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: a configuration is one flat mapping of key: value lines")
-    seen: set[str] = set()
+    _report_repeated_nodes(root, path, raw)
     for key_node, value_node in root.value:
+        raw.put(str(key_node.value), _construct(value_node), _place(str(path), key_node.start_mark))
+
+
+def _report_repeated_nodes(mapping: yaml.MappingNode, path: Path, raw: RawConfig) -> None:
+    seen: set[str] = set()
+    for key_node, value_node in mapping.value:
         key = str(key_node.value)
-        where = _place(str(path), key_node.start_mark)
         if key in seen:
-            raw.problems.append(Problem(where, key, "given twice; keep one"))
+            raw.problems.append(Problem(_place(str(path), key_node.start_mark), key, "given twice; keep one"))
         seen.add(key)
-        raw.put(key, _construct(value_node), where)
+        if isinstance(value_node, yaml.MappingNode):
+            _report_repeated_nodes(value_node, path, raw)
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
