@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from tests.conftest import tunesmith, write_dataset
 from tests.e2e.test_reward_model import COLUMNS, pairs
+from tunesmith import Conversation, Message, ModelArguments, Source, load_reward_model
 
 LONG = "the cat " * 600
 
@@ -107,6 +109,13 @@ def test_what_a_run_went_on_from_may_be_gone(settings: dict[str, Any], write_con
     done = tunesmith("predict", run, file, "--overwrite", check=beneath == "lora")
     if beneath == "lora":
         assert read(Path(done.stdout.splitlines()[-1])) == expected
+        assert tunesmith("chat", run, "--prompt", "the cat").returncode == 0
+        tunesmith("export", run, "--output", tmp_path / "whole")
+        whole = ModelArguments(model_name_or_path="none", reward_model=str(tmp_path / "whole"), reward_model_type="full")
+        asked = Message("user", pairs(12)[0]["instruction"])
+        first_pair = Conversation((asked, Message("assistant", pairs(12)[0]["chosen"])), Source("", "", 1, 1))
+        scored = load_reward_model(whole).scores([first_pair]).item()
+        assert scored == pytest.approx(expected[0]["chosen"], abs=2e-3)  # weights are rounded
     else:
         assert done.returncode and "first" in done.stderr
 
@@ -130,3 +139,19 @@ def test_what_cannot_score_is_told(run: Path, settings: dict[str, Any], write_co
         done = tunesmith("predict", *arguments, check=False)
         assert done.returncode and reason in done.stderr, (arguments, done.stderr)
     assert not list(run.glob("*scores-*"))
+
+
+def test_a_runs_word_is_no_consent_to_run_code(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (base / "mine.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n", encoding="utf-8")
+    for file in (run / "config.yaml", run / "adapter_config.json"):
+        text = file.read_text(encoding="utf-8").replace(settings["model_name_or_path"], str(base))
+        file.write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"), encoding="utf-8")
+    done = tunesmith("predict", run, run.parent / "data/pairs.jsonl", check=False)
+    assert done.returncode and "trust_remote_code" in done.stderr
+    assert not (tmp_path / "ran").exists()
+    tunesmith("predict", run, run.parent / "data/pairs.jsonl", "trust_remote_code=true", check=False)
+    assert (tmp_path / "ran").exists()

@@ -149,7 +149,7 @@ def test_a_reference_that_cannot_be_loaded_is_named(preferring: dict[str, Any], 
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (other / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    (other / "mine.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n", encoding="utf-8")
     for name in (tmp_path / "none", other):
         with pytest.raises(ModelError, match=f"ref_model: .*{name.name}"):
             built(preferring, write_config, ref_model=str(name), trust_remote_code=True)

@@ -140,6 +140,13 @@ def line_of(args: ModelArguments) -> Line:
     return Line(tuple(found), args.resume_lora_training)
 
 
+def without_contained(args: ModelArguments, run: Path) -> ModelArguments:
+    """The arguments of a finished run without adapters that are gone by now: its own adapter is that of the whole line."""
+    contained = {Path(part.folder) for part in read_origin(run).contains}
+    kept = tuple(name for name in args.checkpoint_dir if Path(name).is_dir() or Path(name) not in contained)
+    return args.model_copy(update={"checkpoint_dir": kept})
+
+
 def read_adapter_config(folder: Path) -> PeftConfig:
     """The configuration of an adapter. Raises ModelError when it cannot be read, or its weights are not safetensors."""
     check_adapter_folder(folder)

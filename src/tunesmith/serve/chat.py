@@ -26,7 +26,7 @@ from tunesmith.generate.engine import ChatEngine
 from tunesmith.model.adapter import load_finished
 from tunesmith.model.files import ADAPTER_CONFIG
 from tunesmith.model.library import quiet_library
-from tunesmith.model.lineage import line_of
+from tunesmith.model.lineage import line_of, without_contained
 from tunesmith.model.load import load_base_model, load_pretrained
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.tokenizer import read_tokenizer
@@ -106,7 +106,7 @@ def load_tuned(
 ) -> torch.nn.Module:
     """The result of a run: its adapter on the base model, or its own weights. Raises ModelError."""
     if (run / ADAPTER_CONFIG).is_file():
-        line = line_of(args)
+        line = line_of(args := without_contained(args, run))
         base = load_base_model(line.on(args), dtype, device, tokenizer)
         line.put_weights(base)
         return load_finished(base, run)

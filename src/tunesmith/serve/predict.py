@@ -23,7 +23,7 @@ from tunesmith.data.thinking import is_off, without_reasoning
 from tunesmith.errors import CheckpointError, ConfigError, DataError, ModelError
 from tunesmith.model.files import ADAPTER_CONFIG
 from tunesmith.model.heads import has_head
-from tunesmith.model.origin import read_origin
+from tunesmith.model.lineage import without_contained
 from tunesmith.model.reward import HEEDED_BY_WHOLE, ModelScorer, load_reward_model
 from tunesmith.train.runfolder import CONFIG, is_finished
 from tunesmith.types import Conversation, Document, Feedback, Message, PreferencePair, Row
@@ -102,6 +102,8 @@ def _finished_run(target: Path, overrides: Sequence[str]) -> tuple[Path, RunConf
     if useless:
         raise ConfigError(f"{', '.join(useless)}: without effect here; predict takes {', '.join(sorted(heeded))}")
     config, _ = load_config(run / CONFIG, overrides)
+    if not any(text.startswith("trust_remote_code=") for text in overrides):  # a run's word is not the user's
+        config = config.model_copy(update={"model": config.model.model_copy(update={"trust_remote_code": False})})
     if not has_head(run):
         raise ConfigError(
             f"{run}: a run of stage {config.finetuning.stage}, which has no value head and scores nothing. Give a run of stage "
@@ -116,18 +118,11 @@ def _scorer(run: Path, config: RunConfig) -> ModelScorer:
         "reward_model": str(run),
         "reward_model_type": "lora" if (run / ADAPTER_CONFIG).is_file() else "full",
         "compute_dtype": config.compute_dtype,
-        "checkpoint_dir": _beneath(run, config.model.checkpoint_dir),
     }
-    args = config.model.model_copy(update=named)
+    args = without_contained(config.model, run).model_copy(update=named)
     scorer = load_reward_model(args, date=config.data.template_date, options=config.data.template_options)
     assert isinstance(scorer, ModelScorer)
     return scorer
-
-
-def _beneath(run: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """What a run went on from, without adapters that are gone by now: its own is that of the whole line."""
-    needed = {Path(part.folder) for part in read_origin(run).needs}
-    return tuple(name for name in folders if Path(name).is_dir() or Path(name) in needed)
 
 
 # ---- rows

@@ -12,7 +12,7 @@ from tunesmith.config.arguments import ModelArguments, RunConfig
 from tunesmith.config.load import load_config
 from tunesmith.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.model.lineage import line_of
+from tunesmith.model.lineage import line_of, without_contained
 from tunesmith.model.origin import check_alone
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.train.runfolder import CONFIG, is_finished
@@ -84,8 +84,9 @@ def open_finished(target: Path, base: str | None = None, trust_remote_code: bool
 
 
 def _of_run(run: Path, config: RunConfig, base: str | None, trusted: bool) -> Finished:
-    line = line_of(config.model)
-    source = line.on(config.model).model_copy(update={"trust_remote_code": trusted})  # a run's word is not the user's
+    args = without_contained(config.model, run)
+    line = line_of(args)
+    source = line.on(args).model_copy(update={"trust_remote_code": trusted})  # a run's word is not the user's
     quantised = source if source.quantization_bit is not None else None
     plain = source.model_copy(update={"quantization_bit": None, **({"model_name_or_path": base} if base else {})})
     return Finished(run, plain, tuple(line.weights), quantised, config, trusted)
