@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
 from tests.conftest import SHARED
 from tests.model.test_lora_kernel import assert_equal, loss_and_gradients, prepared
@@ -86,6 +87,19 @@ class GateBeside(torch.nn.Module):
 def test_what_computes_something_else_is_left_alone() -> None:
     fused = fuse(torch.nn.Sequential(NormBefore(), GateBeside()))
     assert (fused.norms, fused.gates) == (0, 0)
+
+
+@pytest.mark.parametrize("sparsity", [[0.0, 0.95], [0.95, 0.0]])
+def test_layers_of_one_class_that_differ(sparsity: list[float]) -> None:
+    """Gemma 3n drops most of the gate in some layers."""
+    config = AutoConfig.for_model("gemma3n_text", hidden_size=8, intermediate_size=12, num_hidden_layers=2)
+    config.activation_sparsity_pattern = sparsity
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(Gemma3nTextMLP(config, number) for number in range(2)))
+    x = torch.randn(1, 5, 8)
+    expected = layers(x)
+    assert fuse(layers).gates == 1
+    torch.testing.assert_close(layers(x), expected)
 
 
 @pytest.mark.parametrize("how", [Norm(1e-5, offset, late) for offset in (0.0, 1.0) for late in (False, True)], ids=str)

@@ -139,11 +139,17 @@ def _what_to_try(module: torch.nn.Module) -> tuple[Callable[[torch.nn.Module], N
     own = dict(module.named_parameters(recurse=False))
     children = dict(module.named_children())
     if not children and [*own] == ["weight"] and own["weight"].ndim == 1 and len(_small_numbers(module)) == 1:
-        return _find_norm, (type(module), len(own["weight"]), *_small_numbers(module))
+        return _find_norm, (type(module), len(own["weight"]), _plain_values(module))
     linear = [name for name, child in children.items() if _is_linear(child)]
     if not own and len(linear) in (2, 3) and len(children) == len(linear) + 1:
-        return _find_gate, (type(module), *(name if _is_linear(child) else type(child) for name, child in children.items()))
+        kinds = tuple(name if _is_linear(child) else (type(child), _plain_values(child)) for name, child in children.items())
+        return _find_gate, (type(module), _plain_values(module), kinds)
     return None, None
+
+
+def _plain_values(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Numbers, names and switches that a module has: those of one class may compute otherwise in some layers."""
+    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str))
 
 
 def _small_numbers(module: torch.nn.Module) -> list[float]:
