@@ -182,6 +182,13 @@ def test_tensors_that_layers_share_are_saved(tiny_model: Path, tmp_path: Path, m
     assert torch.equal(logits(PeftModel.from_pretrained(load(tiny_model), tmp_path).eval()), logits(model))
 
 
+def test_an_adapter_that_begins_within_rows_is_not_trained_on(tiny_model: Path, two: tuple[Path, Path]) -> None:
+    settings = json.loads((two[0] / "adapter_config.json").read_text(encoding="utf-8"))
+    (two[0] / "adapter_config.json").write_text(json.dumps({**settings, "alora_invocation_tokens": [1]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="alora_invocation_tokens"):
+        tuned(tiny_model, two[:1])
+
+
 def test_an_adapter_of_another_method_is_not_trained_on_unasked(
     tiny_model: Path, two: tuple[Path, Path], tmp_path: Path
 ) -> None:

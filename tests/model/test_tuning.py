@@ -126,9 +126,16 @@ def test_other_methods_by_name(base: PreTrainedModel, method: str) -> None:
         ({"peft_method": "lohaa"}, "did you mean 'loha'"),
         ({"peft_method": "prefix_tuning"}, "virtual tokens"),
         ({"peft_method": "loha", "peft_args": {"rr": 3}}, "no option 'rr'"),
-        ({"peft_method": "adalora"}, "total_step"),
         ({"peft_method": "lora", "peft_args": {"inference_mode": True}}, "inference_mode: follows from the other settings"),
         ({"peft_method": "lora", "peft_args": {"init_lora_weights": "pissa"}}, "finetuning_type: lora and pissa_init: true"),
+        ({"peft_method": "adalora"}, "adalora spreads its ranks after every update"),
+        (
+            {"peft_method": "lora", "peft_args": {"alora_invocation_tokens": [1]}},
+            "alora_invocation_tokens: .* rows .* end to end",
+        ),
+        ({"peft_method": "lora", "peft_args": {"layer_replication": [[0, 2], [0, 2]]}}, "layer_replication: .* more layers"),
+        ({"peft_method": "lora", "peft_args": {"monteclora_config": {}}}, "monteclora_config: .* a loss of its own"),
+        ({"peft_method": "adamss", "peft_args": {"use_asa": True}}, "use_asa: .* after every update"),
     ],
 )
 def test_methods_that_cannot_be_used(base: PreTrainedModel, values: dict[str, Any], words: str) -> None:

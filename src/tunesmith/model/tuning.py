@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
@@ -31,6 +31,18 @@ _SET_HERE = frozenset(
 )
 _STARTS = ("gaussian", "orthogonal")
 """What ``init_lora_weights`` can be, beside true and false, so that the adapter fits the base as it is."""
+_NOT_TAKEN = {
+    "adalora": "spreads its ranks after every update and adds a loss of its own",
+    "shadow": "adds a loss of its own",
+}
+"""Methods -> what of them training here does not do."""
+_OPTIONS_NOT_TAKEN = {
+    "alora_invocation_tokens": "begins within each row, which is not seen where rows are laid end to end",
+    "monteclora_config": "adds a loss of its own, which is not done here",
+    "layer_replication": "makes more layers than the model's settings tell of",
+    "use_asa": "chooses weights after every update",
+}
+"""Options of methods, in the same way."""
 
 
 def init_adapter(
@@ -84,6 +96,7 @@ def _with_adapters(model: PreTrainedModel, args: FinetuningArguments, base_name:
         beneath.append(factors)
     if goes_on is not None:
         config = continued_config(goes_on, args)
+        _check_taken(str(PeftType(config.peft_type).value).lower(), vars(config))
         _compare_rows(config, rows, goes_on)
     else:
         config = lora_config(model, args) if args.finetuning_type == "lora" else _other_config(model, args)
@@ -100,6 +113,15 @@ def _with_adapters(model: PreTrainedModel, args: FinetuningArguments, base_name:
     set_beneath(tuned, beneath)
     set_origin(tuned, *line.origins())
     return tuned
+
+
+def _check_taken(method: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what would be trained otherwise than its name says."""
+    if reason := _NOT_TAKEN.get(method):
+        raise ConfigError(f"peft_method: {method} {reason}, which is not done here; choose another method")
+    for name, reason in _OPTIONS_NOT_TAKEN.items():
+        if options.get(name) not in (None, False):
+            raise ConfigError(f"peft_args: {name}: {method} with it {reason}; remove it")
 
 
 def _take_rows(config: PeftConfig, rows: Rows, args: FinetuningArguments) -> None:
@@ -200,11 +222,12 @@ def _other_config(model: PreTrainedModel, args: FinetuningArguments) -> PeftConf
     methods = {str(kind.value).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     assert args.peft_method is not None
     cls = methods.get(args.peft_method.lower())
-    usable = sorted(name for name, c in methods.items() if not issubclass(c, PromptLearningConfig))
+    usable = sorted(name for name, c in methods.items() if not issubclass(c, PromptLearningConfig) and name not in _NOT_TAKEN)
     if cls is None:
         close = difflib.get_close_matches(args.peft_method.lower(), usable, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"PEFT has {', '.join(usable)}"
         raise ConfigError(f"peft_method: no method {args.peft_method!r}; {hint}")
+    _check_taken(args.peft_method.lower(), args.peft_args)
     if args.peft_method.lower() not in usable:
         raise ConfigError(
             f"peft_method: {args.peft_method} puts virtual tokens before every row, which rows laid end to end have no room "
