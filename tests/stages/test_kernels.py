@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.model.test_lora_kernel import assert_equal, loss_and_gradients, prepa
 from tunesmith.config.load import load_config
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import liger as liger_module
+from tunesmith.model.compiled import compiled
 from tunesmith.model.fuse import fuse, unfuse
 from tunesmith.model.fused import EAGER, Activation, Norm
 from tunesmith.stages import kernels
@@ -52,6 +55,17 @@ def test_compiled_kernels_train_as_the_librarys_layers_do(
     trainer.model.zero_grad()
     unfuse(trainer.model)
     assert_equal(mine, loss_and_gradients(trainer), 1e-5 if dtype == "fp32" else 5e-2)
+
+
+@pytest.mark.filterwarnings("default")  # of torch's compiler
+def test_models_of_one_process_are_compiled_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    made = compiled()
+    formulas = [Norm(eps, offset, late) for eps in (1e-5, 1e-6) for offset in (0.0, 1.0) for late in (False, True)]
+    for how, dtype, rows in itertools.product(formulas, (torch.float32, torch.bfloat16), (1, 3)):
+        x, weight = torch.randn(rows, 8, dtype=dtype), torch.randn(8)
+        torch.testing.assert_close(made.norm(x, weight, how), EAGER.norm(x, weight, how))
 
 
 @pytest.mark.parametrize(("compile", "compiles"), [("auto", True), (False, False)])

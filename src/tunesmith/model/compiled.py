@@ -26,6 +26,9 @@ from tunesmith.model.precision import autocast
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable: where compiled code is kept."""
+_VARIANTS = 64
+"""Of a function, that may be compiled in one process: dtypes, formulas, one token or several. The compiler's own bound of 8 is
+for models whose shapes it does not follow, and ends a run."""
 
 
 def has_compiler() -> bool:
@@ -35,12 +38,14 @@ def has_compiler() -> bool:
 
 def compiled() -> Kernels:
     """Kernels that are compiled when they are called first."""
+    import torch._dynamo.config as dynamo
     import torch._functorch.config as autograd
     import torch._inductor.config as inductor
 
     os.environ.setdefault(FOLDER, str(cache_root() / "compiled"))
     autograd.enable_autograd_cache = False
     inductor.fx_graph_cache = False
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     inductor.compile_threads = 1  # four small functions, one after the other
     return kernels(Bodies(*(_compiled(getattr(PLAIN, field.name)) for field in dataclasses.fields(PLAIN))))
 
