@@ -6,6 +6,7 @@ measured first and subtracted.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -27,10 +28,12 @@ print(json.dumps({"seconds": time.perf_counter() - begun, "peak": peak() - befor
 
 def main() -> None:
     """Print one row for each dtype."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="builtin:smollm2-135m", metavar="MODEL")
+    name = parser.parse_args().model
     from tunesmith.config.arguments import ModelArguments
     from tunesmith.model.source import locate
 
-    name = sys.argv[1] if len(sys.argv) > 1 else "builtin:smollm2-135m"
     folder = Path(locate(ModelArguments(model_name_or_path=name)).path)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
     print(f"{name}: {size:.0f} MiB of weights on disk")
