@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, SeedOssConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from tests.conftest import SHARED
 from tests.model.test_lora_kernel import assert_equal, loss_and_gradients, prepared
@@ -100,6 +101,12 @@ def test_layers_of_one_class_that_differ(sparsity: list[float]) -> None:
     expected = layers(x)
     assert fuse(layers).gates == 1
     torch.testing.assert_close(layers(x), expected)
+
+
+def test_a_layer_that_drops_in_training_is_left_alone() -> None:
+    layer = SeedOssMLP(SeedOssConfig(hidden_size=8, intermediate_size=12, residual_dropout=0.5)).eval()
+    assert fuse(layer).gates == 0
+    assert (layer.train()(torch.randn(4, 8)) == 0).any()
 
 
 @pytest.mark.parametrize("how", [Norm(1e-5, offset, late) for offset in (0.0, 1.0) for late in (False, True)], ids=str)

@@ -152,6 +152,14 @@ def _plain_values(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str))
 
 
+def _trial(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that may be changed, without hooks and in training, where a layer may do more (Seed-OSS: dropout at its end)."""
+    trial = copy.copy(module)
+    trial._forward_hooks, trial._forward_pre_hooks = type(trial._forward_hooks)(), type(trial._forward_pre_hooks)()
+    trial.training = True
+    return trial
+
+
 def _small_numbers(module: torch.nn.Module) -> list[float]:
     return [value for value in vars(module).values() if isinstance(value, float) and _SMALL[0] <= value <= _SMALL[1]]
 
@@ -164,9 +172,8 @@ def _is_linear(module: torch.nn.Module) -> bool:
 def _find_norm(module: torch.nn.Module) -> Norm | None:
     width = len(dict(module.named_parameters())["weight"])
     weight = torch.nn.Parameter(torch.randn(width))
-    trial = copy.copy(module)
+    trial = _trial(module)
     trial._parameters = {"weight": weight}
-    trial._forward_hooks, trial._forward_pre_hooks = type(trial._forward_hooks)(), type(trial._forward_pre_hooks)()
     x = torch.randn(4, width) * torch.tensor([[1.0], [100.0], [3e-3], [1e-5]])
     grad = torch.randn(4, width)
     eps = _small_numbers(module)[0]
@@ -219,9 +226,8 @@ def _find_gate(module: torch.nn.Module) -> _Gate | None:
     called: list[tuple[str, torch.Tensor]] = []
     width = 6 if len(linear) == 3 else 12
     gives = {name: torch.randn(4, 1, width).mul(3).requires_grad_(True) for name in linear}
-    trial = copy.copy(module)
+    trial = _trial(module)
     trial._modules = {**module._modules, **{name: _Given(name, gives[name], called) for name in linear}}
-    trial._forward_hooks, trial._forward_pre_hooks = type(trial._forward_hooks)(), type(trial._forward_pre_hooks)()
     x = torch.randn(4, 1, 8)
     y = trial(x)
     *first, (last, product) = called
