@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from tests.conftest import tunesmith
 from tests.model.test_lora_kernel import assert_equal, loss_and_gradients, prepared
 from tunesmith.config.load import load_config
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import liger as liger_module
-from tunesmith.model.compiled import compiled
+from tunesmith.model.compiled import FOLDER, compiled
 from tunesmith.model.fuse import fuse, unfuse
 from tunesmith.model.fused import EAGER, Activation, Norm
 from tunesmith.stages import kernels
@@ -58,7 +62,8 @@ def test_compiled_kernels_train_as_the_librarys_layers_do(
 
 
 @pytest.mark.filterwarnings("default")  # of torch's compiler
-def test_models_of_one_process_are_compiled_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_one_process_are_compiled_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     made = compiled()
@@ -105,6 +110,30 @@ def test_a_compiler_that_fails_ends_a_run_that_asked_for_it(
     trainer = build_trainer(load_config(write_config(settings))[0], reporter)[0]
     assert any(said.startswith("note: compile: torch's compiler failed") for said in reporter.said)
     loss_and_gradients(trainer)  # eager
+
+
+def test_compiled_code_is_kept_where_the_guide_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch sets a folder of its own as soon as its compiler is imported, which is no choice of the user."""
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
+    for before, after in ((default_cache_dir(), str(tmp_path / "compiled")), (mine := str(tmp_path / "mine"), mine)):
+        monkeypatch.setenv(FOLDER, before)
+        compiled()
+        assert os.environ[FOLDER] == after
+
+
+def test_a_folder_that_cannot_be_written_to_ends_no_run_that_did_not_ask(
+    settings: dict[str, Any], write_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(FOLDER, str(tmp_path / "file" / "folder"))
+    monkeypatch.setattr(kernels, "has_compiler", lambda: True)
+    monkeypatch.setattr(kernels, "LONG", 0)
+    reporter = Notes()
+    loss_and_gradients(build_trainer(load_config(write_config(settings))[0], reporter)[0])
+    reason = f"compile: no folder for compiled code can be made at {tmp_path / 'file/folder'} (Not a directory)"
+    assert any(said.startswith(f"note: {reason}") for said in reporter.said), reporter.said
+    with pytest.raises(ModelError, match=re.escape(reason)):
+        build_trainer(load_config(write_config({**settings, "compile": True}))[0], reporter)
 
 
 def stand_in(called: list[Any]) -> dict[str, ModuleType]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +38,25 @@ def has_compiler() -> bool:
 
 
 def compiled() -> Kernels:
-    """Kernels that are compiled when they are called first."""
+    """Kernels that are compiled when they are called first.
+
+    Raises:
+        ModelError: there can be no folder for compiled code.
+    """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as autograd
     import torch._inductor.config as inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    os.environ.setdefault(FOLDER, str(cache_root() / "compiled"))
+    if os.environ.get(FOLDER) in (None, default_cache_dir()):  # which torch sets itself, as soon as peft has imported it
+        os.environ[FOLDER] = str(cache_root() / "compiled")
+    try:
+        Path(os.environ[FOLDER]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"compile: no folder for compiled code can be made at {os.environ[FOLDER]} ({error.strerror}); "
+            f"set {FOLDER} to one that can, or compile: false"
+        ) from error
     autograd.enable_autograd_cache = False
     inductor.fx_graph_cache = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)

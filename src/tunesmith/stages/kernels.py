@@ -67,8 +67,9 @@ def _takes_liger(config: RunConfig, device: torch.device) -> bool:
 
 
 def _compile(config: RunConfig, forward: FlatForward, dtype: torch.dtype, reporter: Reporter) -> None:
-    fused, began = fuse(forward.model, compiled()), time.perf_counter()
+    began = time.perf_counter()
     try:
+        fused = fuse(forward.model, compiled())
         compile_now(forward, dtype)
     except ModelError as error:
         if config.training.compile is True:
