@@ -17,7 +17,7 @@ import os, sys
 from tunesmith.process import allocator_of_training, described, prepare
 prepare(sys.orig_argv)
 print(described())
-print(allocator_of_training(), "libmimalloc" in open("/proc/self/maps").read(), os.environ.get("LD_PRELOAD"), sys.argv[1:])
+print(allocator_of_training(), "libmimalloc" in open("/proc/self/maps").read(), [*filter(os.environ.get, ("LD_PRELOAD", "TUNESMITH_ALLOCATOR"))], sys.argv[1:])
 """
 
 
@@ -29,8 +29,11 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "env", [{"LD_PRELOAD": "x"}, {"MALLOC_ARENA_MAX": "1"}, {"MIMALLOC_VERBOSE": "1"}, {"TUNESMITH_ALLOCATOR": "system"}]
 )
-def test_what_the_user_has_set_stays(env: dict[str, str]) -> None:
+def test_what_the_user_has_set_stays(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.environment(env) is None
+    monkeypatch.setattr(os, "environ", before := {**env, "TUNESMITH_ALLOCATOR": env.get("TUNESMITH_ALLOCATOR", "mimalloc")})
+    process.prepare([])
+    assert env.items() <= before.items()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or find_spec("cmeel_pth") is None, reason="needs Linux and cmeel-mimalloc")
@@ -38,10 +41,14 @@ def test_the_process_is_started_again_by_the_same_command_line() -> None:
     assert process.environment({}) is not None
     command = [sys.executable, "-c", SCRIPT, "a", "b c"]
     env = {name: value for name, value in os.environ.items() if name != "LRU_CACHE_CAPACITY"}
-    for shapes, given in (("64", env), ("7", {**env, "LRU_CACHE_CAPACITY": "7"})):
+    for shapes, given in (
+        ("64", env),
+        ("7", {**env, "LRU_CACHE_CAPACITY": "7"}),
+        ("64", {**env, "TUNESMITH_ALLOCATOR": "mimalloc"}),
+    ):
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
         said, found = done.stdout.splitlines()
-        assert found == "mimalloc True None ['a', 'b c']"
+        assert found == "mimalloc True [] ['a', 'b c']"
         assert said.startswith("memory by mimalloc") and f"kernels of {shapes} shapes kept" in said
 
 

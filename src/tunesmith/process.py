@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 CHOICE = "TUNESMITH_ALLOCATOR"
-"""Environment variable: ``system`` leaves the allocator as it is."""
+"""Environment variable: ``system`` leaves the allocator as it is, ``mimalloc`` is as if it were not set."""
+_STARTED = "started"
+"""What it is for the process that is started again, and no other."""
 _PACKAGE, _LIBRARY = "cmeel-mimalloc", "cmeel.prefix/lib/libmimalloc.so"
 _SETTINGS = {"MIMALLOC_PURGE_DELAY": "-1"}
 """What is freed stays with the process."""
@@ -31,7 +33,8 @@ def environment(env: MutableMapping[str, str]) -> dict[str, str] | None:
     It goes on unless this is Linux without an NVIDIA device (there, the tensors of a step are not in this memory), mimalloc is
     installed, and the user has set nothing about allocators.
     """
-    if sys.platform != "linux" or _GPU.exists() or CHOICE in env or any(name.startswith(_CHOSEN_BY_USER) for name in env):
+    chosen = env.get(CHOICE, "mimalloc") != "mimalloc" or any(name.startswith(_CHOSEN_BY_USER) for name in env)
+    if sys.platform != "linux" or _GPU.exists() or chosen:
         return None
     try:
         library = Path(str(distribution(_PACKAGE).locate_file(_LIBRARY)))
@@ -39,7 +42,7 @@ def environment(env: MutableMapping[str, str]) -> dict[str, str] | None:
         return None
     if not library.is_file():
         return None
-    return {**env, **_SETTINGS, "LD_PRELOAD": str(library), CHOICE: "mimalloc"}
+    return {**env, **_SETTINGS, "LD_PRELOAD": str(library), CHOICE: _STARTED}
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -52,8 +55,8 @@ def prepare(arguments: Sequence[str]) -> None:
     """
     for name, capacity in _KERNEL_CACHES.items():
         os.environ.setdefault(name, capacity)
-    if os.environ.get(CHOICE) == "mimalloc":
-        for name in ("LD_PRELOAD", *_SETTINGS):  # of no concern to the processes that this one starts
+    if os.environ.get(CHOICE) == _STARTED:
+        for name in (CHOICE, "LD_PRELOAD", *_SETTINGS):  # of no concern to the processes that this one starts
             os.environ.pop(name, None)
         return
     env = environment(os.environ)
