@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from tests.conftest import SHARED
 from tunesmith.config.load import load_config
@@ -167,6 +168,17 @@ def test_adapters_can_be_switched_off_changed_and_copied(settings: dict[str, Any
     model.merge_adapter()
     torch.testing.assert_close(logits(), own, rtol=1e-4, atol=1e-4)
     assert not nodes
+
+
+def test_hooks_on_the_parts_of_a_layer_run(settings: dict[str, Any], write_config: Any) -> None:
+    trainer = prepared(load_config(write_config(settings))[0])
+    layers: Any = [m for m in trainer.model.modules() if isinstance(m, LoraLayer)]
+    seen: list[torch.nn.Module] = []
+    parts = [layers[0].get_base_layer(), layers[1].lora_A["default"], layers[2].lora_B["default"]]
+    for part in parts:
+        part.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    loss_and_gradients(trainer)
+    assert seen == parts
 
 
 def test_the_function_has_the_derivatives_it_says() -> None:

@@ -5,8 +5,8 @@ records one by one. Here ``y = W x + s B A x`` is one node of the graph. Layers 
 other (query, key, value; gate, up) are one node together: one product for all their ``A``, one sum for the input's gradient.
 Adapters stay PEFT's own float32 parameters and are cast once for each forward pass.
 
-Each layer looks again at every call: with adapters switched off or merged, several of them active, dropout, a variant such as
-DoRA, or in a dtype that is not autocast's, PEFT's forward runs as if nothing had been put in its place.
+Each layer looks again at every call: with adapters switched off or merged, several of them active, dropout, hooks on its parts,
+a variant such as DoRA, or in a dtype that is not autocast's, PEFT's forward runs as if nothing had been put in its place.
 
 ``T`` tokens, ``I`` and ``O`` a layer's inputs and outputs, ``R`` ranks of all layers of a node together.
 """
@@ -67,14 +67,13 @@ def _is_plain(layer: Any) -> bool:
     if type(layer) is LoraLinear:
         base = layer.get_base_layer()
         plain = type(base) is torch.nn.Linear or (isinstance(base, RoundedLinear) and base.bits == 4)
-        return plain and not layer.fan_in_fan_out and not base._forward_hooks
+        return plain and not layer.fan_in_fan_out
     if is_bnb_4bit_available():
         from bitsandbytes.nn import Linear4bit
         from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
         if type(layer) is LoraLinear4bit:
-            base = layer.get_base_layer()
-            return type(base) is Linear4bit and not base._forward_hooks
+            return type(layer.get_base_layer()) is Linear4bit
     return False
 
 
@@ -158,6 +157,8 @@ def _adapter(layer: LoraLayer, x: torch.Tensor) -> str | None:
     if name in layer.lora_variant or type(layer.lora_dropout[name]) is not torch.nn.Identity or up.bias is not None:
         return None
     base = layer.get_base_layer()
+    if any(part._forward_hooks or part._forward_pre_hooks for part in (base, down, up)):
+        return None
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
     return name if torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype else None
