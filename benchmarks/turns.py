@@ -107,7 +107,7 @@ def trl_python() -> Path:
     """Python of a virtual environment that has TRL, made where it is missing."""
     folder = ROOT / ".venv-trl"
     python = folder / "bin" / "python"
-    if not python.exists():
+    if not python.exists() or subprocess.run([str(python), "-c", "import trl"], capture_output=True).returncode:
         venv.create(folder, with_pip=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "requirements/constraints.txt")]
         subprocess.run([*install, "torch", "peft", f"trl=={TRL}"], check=True)
