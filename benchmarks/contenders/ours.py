@@ -48,8 +48,10 @@ def main() -> None:
         trainer.model.train()
         print(json.dumps({"ready": "tunesmith", "once": once, "pairs": unit["steps"] * unit["batch"]}), flush=True)
         clock = time.process_time if unit.get("clock") == "cpu" else time.perf_counter
-        for (window, _), _ in zip(trainer.loader.onward(0, 0, {}), sys.stdin, strict=False):
+        windows = trainer.loader.onward(0, 0, {})
+        for _ in sys.stdin:
             began = clock()
+            window, _ = next(windows)
             result = trainer.training_step(window)
             seconds = clock() - began
             answer = {"seconds": seconds, "tokens": result.num_tokens, "loss": result.loss_sum / result.count}

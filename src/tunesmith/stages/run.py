@@ -30,7 +30,7 @@ from tunesmith.model.library import quiet_library
 from tunesmith.model.lineage import Line, line_of
 from tunesmith.model.load import load_base_model, prepare_flat, prepare_sharing
 from tunesmith.model.lora_kernel import install_lora_kernel
-from tunesmith.model.output import find_output
+from tunesmith.model.output import Output, find_output
 from tunesmith.model.precision import device_name, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.settings import read_settings
@@ -116,10 +116,6 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     trainable, total = count_parameters(forward.model)
     share = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     reporter.note(f"model: {share}, computing in {str(dtype).removeprefix('torch.')} on {device_name(device)}")
-    scores = config.finetuning.stage == "rm"
-    output, reason = (None, "") if scores else find_output(forward, dtype)
-    if output is None and not scores:
-        reporter.note(f"note: losses are computed from all logits of this model: {reason}")
     given = Ingredients(
         forward=forward,
         tokenizer=tokenizer,
@@ -131,7 +127,7 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
         reporter=reporter,
         finetuning=config.finetuning,
         attention=attention,
-        output=output,
+        output=None if config.finetuning.stage == "rm" else _output(forward, dtype, reporter),
         shuffle=not config.data.disable_shuffling,
         capacity=config.data.cutoff_len if config.data.packing else None,
         inputs={
@@ -144,6 +140,14 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     if config.finetuning.stage in ("dpo", "kto"):
         given = referenced(config, given, line)
     return trainer(config.training, given), report
+
+
+def _output(forward: FlatForward, dtype: torch.dtype, reporter: Reporter) -> Output | None:
+    """How the model makes logits, or None, and why is said."""
+    output, reason = find_output(forward, dtype)
+    if output is None:
+        reporter.note(f"note: losses are computed from all logits of this model: {reason}")
+    return output
 
 
 def beyond_positions(path: Path, trusted: bool, cutoff: int, *sets: Examples | Rows[Any] | ExampleStream | None) -> str | None:
