@@ -87,7 +87,7 @@ def test_every_key_survives_a_dropped_letter(tmp_path: Path, key: str) -> None:
         ("num_train_epochs: '3; rm'", "valid number"),
         ("lora_rank: 1.5", "integer"),
         ("bf16: maybe", "boolean"),
-        ("stage: ppo", "'sft'"),
+        ("stage: pppo", "'sft'"),
         ("template: ''", "at least 1 character"),
         ("max_steps: 0", "0 updates"),
         ("val_size: 2.5", "whole number"),

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from tunesmith.config.arguments import SECTIONS, Arguments, DataArguments, GeneratingArguments, ModelArguments, RunConfig
+from tunesmith.config.policy import STAGE_DEFAULTS
 from tunesmith.config.rules import (
     ALIAS_VALUES,
     ALIASES,
@@ -81,6 +82,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     take_aliases(raw)
     notices = take_no_effect(raw)
     notices += _prefer_resuming(raw)
+    _take_stage_defaults(raw)
     sections = parse_sections(raw, SECTIONS)
     for key, message in violations(sections):
         raw.problems.append(Problem(raw.places.get(key, str(path or "arguments")), key, message))
@@ -98,6 +100,13 @@ def _prefer_resuming(raw: RawConfig) -> list[str]:
         return []
     del raw.values[overwrite]
     return [f"{raw.places[overwrite]}  {overwrite} is set aside: the run is to be resumed"]
+
+
+def _take_stage_defaults(raw: RawConfig) -> None:
+    """Put what a stage takes for granted where nothing is said."""
+    for key, value in STAGE_DEFAULTS.get(str(raw.values.get("stage")), {}).items():
+        if raw.values.get(key) is None:
+            raw.put(key, value, f"default of stage {raw.values['stage']}")
 
 
 def load_model_settings(

@@ -28,7 +28,7 @@ def reward_problems(args: ModelArguments) -> Iterator[tuple[str, str]]:
     elif (other := _looks_like(named)) != kind and not {other, kind} <= {"lora", "full"}:
         yield "reward_model", f"{named!r} looks like reward_model_type: {other}; with {kind}, expected {_EXPECTED[kind]}"
     elif kind == "function":
-        yield from _function_problems(named)
+        yield from (("reward_model", message) for message in function_problems(named))
     elif kind == "api":
         yield from _address_problems(named)
 
@@ -48,12 +48,13 @@ def _looks_like(named: str) -> str:
     return "function" if name or path.suffix == ".py" else "lora"
 
 
-def _function_problems(named: str) -> Iterator[tuple[str, str]]:
+def function_problems(named: str) -> Iterator[str]:
+    """Yield what is wrong with ``path/to/file.py:name``; the file is not run."""
     path, name = function_of(named)
     if not name.isidentifier():
-        yield "reward_model", f"{named!r} does not say which function of the file; expected {path}:name"
+        yield f"{named!r} does not say which function of the file; expected {path}:name"
     elif not path.is_file():
-        yield "reward_model", f"no such file: {path}; expected path/to/file.py:name"
+        yield f"no such file: {path}; expected path/to/file.py:name"
 
 
 def _address_problems(named: str) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,13 @@ from tunesmith.config.arguments import (
     Arguments,
     DataArguments,
     FinetuningArguments,
+    GeneratingArguments,
     ModelArguments,
+    PolicyArguments,
     TrainingArguments,
 )
 from tunesmith.config.optimizers import OPTIMIZERS, missing_library, read_options, unheeded
+from tunesmith.config.policy import POLICY_STAGES, data_rules, policy_rules
 from tunesmith.config.preferences import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, SMOOTHED_LOSSES
 from tunesmith.config.reward import REWARD_KEYS
 
@@ -112,7 +115,9 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
         yield from _tuning_rules(finetuning)
         if isinstance(model, ModelArguments):
             yield from _quantisation_rules(model, finetuning)
-            yield from without_reward(model, f"stage: {finetuning.stage}")
+            if finetuning.stage not in POLICY_STAGES:
+                yield from without_reward(model, f"stage: {finetuning.stage}")
+        yield from _policy_rules(sections, finetuning)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         yield from _optimizer_rules(training)
@@ -122,6 +127,19 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
             yield from _evaluation_rules(data, training)
             yield from _stream_rules(data, training)
             yield from _length_rules(data, training, finetuning)
+
+
+def _policy_rules(sections: dict[str, Arguments], finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    policy, generating = sections.get("policy"), sections.get("generating")
+    model, training = sections.get("model"), sections.get("training")
+    if isinstance(policy, PolicyArguments):
+        yield from policy_rules(
+            finetuning.stage,
+            policy,
+            model if isinstance(model, ModelArguments) else None,
+            training if isinstance(training, TrainingArguments) else None,
+            generating if isinstance(generating, GeneratingArguments) else None,
+        )
 
 
 def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> Iterator[tuple[str, str]]:
@@ -157,7 +175,7 @@ def without_reward(model: ModelArguments, what: str) -> Iterator[tuple[str, str]
         if getattr(model, key) != _default(model, key):
             yield (
                 key,
-                f"has no meaning with {what}, where nothing is scored, and this version has no stage ppo; remove the key",
+                f"has no meaning with {what}, where nothing is scored; remove the key",
             )
 
 
@@ -234,7 +252,9 @@ def _learning_rules(data: DataArguments, finetuning: FinetuningArguments) -> Ite
 _OF_STAGE = {
     "reward_centering": ("rm",),
     **dict.fromkeys(("pref_loss", "dpo_label_smoothing", "simpo_gamma", "discopop_tau", "ld_alpha"), ("dpo",)),
-    **dict.fromkeys(("pref_beta", "pref_ftx", "ref_model"), ("dpo", "kto")),
+    **dict.fromkeys(("pref_beta", "pref_ftx"), ("dpo", "kto")),
+    "ref_model": ("dpo", "kto", "ppo", "grpo"),
+    "share_prompts": ("rm", "dpo", "ppo", "grpo"),
     **dict.fromkeys(("kto_loss", "kto_chosen_weight", "kto_rejected_weight"), ("kto",)),
 }
 """Key -> stages that heed it."""
@@ -270,8 +290,11 @@ def _stage_rules(
         yield from _preference_rules(finetuning)
     if stage == "kto" and finetuning.kto_chosen_weight == finetuning.kto_rejected_weight == "balanced":
         yield "kto_rejected_weight", "one class is balanced against the other; give one of the two weights as a number"
-    if stage not in ("rm", "dpo") and not finetuning.share_prompts:
-        yield "share_prompts", f"has no meaning with stage: {stage}, which has no pairs; remove the key"
+    if training is not None and (training.metric_for_best_model == "eval_reward") != (stage in POLICY_STAGES):
+        other = "eval_reward" if stage in POLICY_STAGES else "eval_loss"
+        yield "metric_for_best_model", f"is {other} in stage {stage}; remove the key"
+    if stage in POLICY_STAGES:
+        yield from data_rules(stage, data, finetuning)
     if stage not in ("rm", "dpo", "kto"):
         return
     if data.packing:

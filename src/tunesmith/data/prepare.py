@@ -31,7 +31,9 @@ _SNIFFED = 200
 _FIELDS = {"query_column": "query", "history_column": "history", "system_column": "system", "tools_column": "tools"}
 
 
-TARGETS: Mapping[str, Target] = {"pt": "document", "sft": "conversation", "rm": "pair", "dpo": "pair", "kto": "feedback"}
+TARGETS: Mapping[str, Target] = {
+    "pt": "document", "sft": "conversation", "rm": "pair", "dpo": "pair", "kto": "feedback", "ppo": "prompt", "grpo": "prompt",
+}  # fmt: skip
 """Stage -> what it needs of a row."""
 
 

@@ -1,0 +1,35 @@
+"""How answers are generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from tunesmith.config.arguments.base import Arguments
+
+
+class GeneratingArguments(Arguments):
+    """How answers are generated in chat."""
+
+    do_sample: bool = Field(True, description="Sample; false: always the likeliest token.")
+    temperature: float = Field(0.7, gt=0, description="Above 1 flatter, below 1 sharper.")
+    top_p: float = Field(0.9, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
+    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens; 0: all.")
+    num_beams: int = Field(1, gt=0, description="Beams of a beam search; 1: none.")
+    max_length: int | None = Field(None, gt=0, description="Longest prompt plus answer, in tokens.")
+    max_new_tokens: int | None = Field(512, gt=0, description="Longest answer, in tokens. Wins over max_length.")
+    repetition_penalty: float = Field(1.0, gt=0, description="Above 1 discourages tokens that have already appeared.")
+    length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keyword arguments of ``generate``: without max_length where max_new_tokens is set, without unset keys."""
+        values = self.model_dump(exclude_none=True)
+        if "max_new_tokens" in values:
+            values.pop("max_length", None)
+        if not self.do_sample:
+            for key in ("temperature", "top_p", "top_k"):
+                values.pop(key)
+        if self.num_beams == 1:
+            values.pop("length_penalty")
+        return values
