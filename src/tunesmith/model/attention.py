@@ -2,9 +2,9 @@
 
 Registered with transformers' ``AttentionInterface`` under ``SEGMENTS``. The boundaries arrive as the field's usual
 ``cu_seq_lens_q`` keyword, which models that support padding-free attention pass through their layers; where rows go on from
-tokens that lie elsewhere (``shared.py``), those are in ``cu_seq_lens_k``. What a layer does beside
-looking back over its row arrives with its call: bounded scores, sinks, dropout. How far it looks is said by the mask that the
-model asks transformers for, of which only the size is made here; some models tell their layers of a window too, others do not.
+tokens that lie elsewhere (``shared.py``), those are in ``cu_seq_lens_k``. In a step of generation each row is one token, and
+its keys are those that a cache holds (``held_rows``, ``attention_cached.py``). What a layer does beside looking back over its row
+arrives with its call: bounded scores, sinks, dropout. How far it looks is said by the mask that the model asks transformers for, of which only the size is made here; some models tell their layers of a window too, others do not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tunesmith.model.attention_cached import HeldRows, attend_held
 from tunesmith.model.attention_kernel import Variant
 from tunesmith.model.attention_routes import Segments, compute
 from tunesmith.model.stacks import Span
@@ -23,7 +24,7 @@ SEGMENTS = "tunesmith_segments"
 _HARMLESS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position", "use_cache",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "is_causal", "logits_to_keep",
-    "seq_idx", "num_items_in_batch", "past_key_values", "labels",
+    "seq_idx", "num_items_in_batch", "past_key_values", "cache", "labels", "held_rows",
 }  # fmt: skip
 """Keywords that do not change what is attended to. Any other one that is set is a kind of attention not computed here."""
 
@@ -46,8 +47,8 @@ def segment_attention(
     Args:
         module: the attention layer that calls.
         query: ``[1, heads, T, d]``.
-        key: ``[1, kv_heads, T, d]``, as many heads as ``query`` or fewer (grouped queries).
-        value: ``[1, kv_heads, T, e]``.
+        key: ``[1, kv_heads, T, d]``, as many heads as ``query`` or fewer (grouped queries); of a cache ``[T, kv_heads, L, d]``.
+        value: ``[1, kv_heads, T, e]``; of a cache ``[T, kv_heads, L, e]``.
         attention_mask: None, or what ``_reach`` made.
         scaling: factor of the scores; ``1/sqrt(d)`` if None.
         dropout: probability on the attention weights.
@@ -55,7 +56,8 @@ def segment_attention(
         softcap: bound of the scores.
         s_aux: a score of each head that takes part in the softmax and gives nothing.
         kwargs: must hold ``cu_seq_lens_q``, the row boundaries ``[0, l1, l1 + l2, ...]``; ``cu_seq_lens_k`` are the same, or
-            ``[rows, 2]``, begin and end of the tokens elsewhere in the batch that come before those of each row.
+            ``[rows, 2]``, begin and end of the tokens elsewhere in the batch that come before those of each row. ``held_rows``
+            says that keys and values are those of a cache, and how long its rows are.
 
     Returns:
         ``[1, T, heads, e]`` and no weights.
@@ -72,6 +74,12 @@ def segment_attention(
     window, chunk = _sizes(attention_mask)
     if sliding_window is not None and sliding_window != window:
         raise NotSegmentable(f"a layer is told to look back {sliding_window} tokens, its mask says {window or 'otherwise'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    held: HeldRows | None = kwargs.get("held_rows")
+    if held is not None:
+        if dropout:
+            raise NotSegmentable("dropout in a step of generation")
+        return attend_held(query, key, value, held, scale, Variant(window, softcap), chunk, s_aux), None
     segments = _segments(boundaries, kwargs.get("cu_seq_lens_k"), chunk)
     if window is not None and window >= segments.longest:
         window = None
@@ -80,7 +88,7 @@ def segment_attention(
         key,
         value,
         segments,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale,
         Variant(window, softcap, dropout),
         s_aux,
         say=module.training,

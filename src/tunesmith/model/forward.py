@@ -7,6 +7,7 @@ this module, with a message. The choice is not guessed from names: a probe runs 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tunesmith.model.shared import layout
 from tunesmith.types import Batch
 
 _PROBE_LENGTHS = (5, 3, 6)
-_DIFFERENCE = {True: (1e-4, 1e-4), False: (5e-2, 0.25)}
+DIFFERENCE = {True: (1e-4, 1e-4), False: (5e-2, 0.25)}
 """Float32 or not -> how much a token's logits may differ between the two ways, in the mean and at most, relative to their norm.
 In 16 bits one token's may be all rounding (SmolLM2, eight draws: up to 0.4 between the library's own two attentions); their
 mean is not."""
@@ -66,10 +67,19 @@ class FlatForward:
         return _states(decoder(**inputs))[real_BL][positions_P]
 
     def _flat(self, batch: Batch) -> torch.Tensor:
-        inputs, at_S = self._flat_inputs(batch, batch.positions_S)
-        if self._keeps_logits:
-            return self.model(**inputs, logits_to_keep=at_S).logits[0]
-        return self.model(**inputs).logits[0, at_S]
+        return self.picked(*self._flat_inputs(batch, batch.positions_S))
+
+    def picked(self, inputs: Mapping[str, Any], at_P: torch.Tensor) -> torch.Tensor:
+        """Logits ``[P, V]`` at places of the one row that ``inputs`` are; the output head runs there only, if it can.
+
+        Args:
+            inputs: keyword arguments of the model.
+            at_P: int64.
+        """
+        logits: torch.Tensor = (
+            self.model(**inputs, logits_to_keep=at_P).logits[0] if self._keeps_logits else self.model(**inputs).logits[0, at_P]
+        )
+        return logits
 
     def _padded(self, batch: Batch) -> torch.Tensor:
         inputs, real_BL = self._padded_inputs(batch)
@@ -150,7 +160,7 @@ def segments_work(model: PreTrainedModel) -> tuple[bool, str]:
         return False, reason
     register()
     before, training = model.config._attn_implementation, model.training
-    allowed = torch.tensor(_DIFFERENCE[model.dtype == torch.float32])
+    allowed = torch.tensor(DIFFERENCE[model.dtype == torch.float32])
     model.eval()
     try:
         least = torch.full((sum(_PROBE_LENGTHS),), torch.inf)
@@ -185,7 +195,7 @@ def sharing_works(model: PreTrainedModel) -> bool:
     Args:
         model: on segment attention.
     """
-    training, allowed = model.training, torch.tensor(_DIFFERENCE[model.dtype == torch.float32])
+    training, allowed = model.training, torch.tensor(DIFFERENCE[model.dtype == torch.float32])
     model.eval()
     try:
         for draw in range(_DRAWS):
