@@ -10,7 +10,13 @@ import torch
 from torch.nn import functional
 
 from tunesmith.losses import token_logprobs as kernel
-from tunesmith.losses.token_logprobs import score_tokens, token_logprobs, token_logprobs_through
+from tunesmith.losses.token_logprobs import (
+    score_tokens,
+    token_logprobs,
+    token_logprobs_and_entropy,
+    token_logprobs_and_entropy_through,
+    token_logprobs_through,
+)
 
 SHAPES = [(1.0, None), (0.3, None), (1.0, 2.0), (2.5, 4.0)]
 
@@ -134,6 +140,81 @@ def test_half_precision_products_and_float32_behind_them(dtype: torch.dtype, tra
         assert (found.double() / scale - expected).norm() < 4 * bound * expected.norm()
 
 
+def test_entropy_by_hand() -> None:
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(3)]])
+    logp, entropy = token_logprobs_and_entropy(hidden, weight, torch.tensor([0]), entropy_grad=True)
+    entropy.sum().backward()
+    assert logp.item() == pytest.approx(-math.log(4), rel=1e-6)
+    assert entropy.item() == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-6)
+    assert hidden.grad is not None and hidden.grad.item() == pytest.approx(-0.2060 * math.log(3), abs=5e-5)
+
+
+@pytest.mark.parametrize(("scale", "cap"), SHAPES)
+@pytest.mark.parametrize("head", ["frozen", "trained", "called"])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_entropy_and_its_gradients_equal_those_of_all_logits(
+    scale: float, cap: float | None, head: str, entropy_grad: bool
+) -> None:
+    hidden, weight, bias, targets, factors = made()
+    found = [hidden, weight, bias]
+    expected = [t.double() for t in found]
+    for these in (found, expected):
+        for tensor in these if head != "frozen" else these[:1]:
+            tensor.requires_grad_(True)
+    if head == "called":
+        logp, entropy = token_logprobs_and_entropy_through(
+            lambda h: functional.linear(h, found[1], found[2]), 50, found[0], targets, scale, cap, entropy_grad
+        )
+    else:
+        logp, entropy = token_logprobs_and_entropy(*found[:2], targets, found[2], scale, cap, entropy_grad)
+    assert torch.equal(logp, token_logprobs(*found[:2], targets, found[2], scale, cap)) or head == "called"
+    logits = functional.linear(*expected) * scale
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    everything = logits.log_softmax(-1)
+    reference = -(everything.exp() * everything).sum(-1)
+    torch.testing.assert_close(entropy.double(), reference, rtol=1e-5, atol=1e-5)
+    assert entropy.requires_grad == entropy_grad and (entropy >= 0).all()
+    others = factors.flip(0)
+    loss = (logp * factors).sum() + ((entropy * others).sum() if entropy_grad else 0)
+    loss.backward()
+    loss = (everything[torch.arange(17), targets] * factors).sum() + ((reference * others).sum() if entropy_grad else 0)
+    loss.backward()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_gradients_of_entropies_are_the_derivatives(trained: bool, entropy_grad: bool) -> None:
+    hidden, weight, bias, targets, _ = made(torch.float64, 5)
+    inputs = (hidden.requires_grad_(True), weight.requires_grad_(trained), bias.requires_grad_(trained))
+
+    def differentiable(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in token_logprobs_and_entropy(h, w, targets, b, 1.5, 3.0, entropy_grad) if t.requires_grad)
+
+    assert len(differentiable(*inputs)) == 1 + entropy_grad
+    assert torch.autograd.gradcheck(differentiable, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_entropy_in_half_precision(dtype: torch.dtype) -> None:
+    hidden, weight, _, targets, _ = made()
+    hidden, weight = hidden.to(dtype).requires_grad_(True), weight.to(dtype)
+    _, entropy = token_logprobs_and_entropy(hidden, weight, targets, entropy_grad=True)
+    entropy.sum().backward()
+    exact = hidden.detach().double().requires_grad_(True)
+    everything = (exact @ weight.double().t()).log_softmax(-1)
+    reference = -(everything.exp() * everything).sum(-1)
+    reference.sum().backward()
+    bound = torch.finfo(dtype).eps
+    assert entropy.dtype == torch.float32 and hidden.grad is not None and exact.grad is not None
+    torch.testing.assert_close(entropy.double(), reference, rtol=0, atol=10 * bound)
+    assert (hidden.grad.double() - exact.grad).norm() < 4 * bound * exact.grad.norm()
+
+
 def test_scores_for_evaluation() -> None:
     hidden, weight, bias, targets, _ = made()
     logits = functional.linear(hidden, weight, bias)
@@ -152,5 +233,11 @@ def test_no_position_at_all() -> None:
     ):
         assert found.shape == (0,) and found.dtype == torch.float32
         found.sum().backward()
+    for logp, entropy in (
+        token_logprobs_and_entropy(hidden, weight, targets, entropy_grad=True),
+        token_logprobs_and_entropy_through(lambda h: functional.linear(h, weight), 50, hidden, targets, entropy_grad=True),
+    ):
+        assert logp.shape == entropy.shape == (0,)
+        (logp.sum() + entropy.sum()).backward()
     logp, first = score_tokens(lambda h: functional.linear(h, weight), 50, hidden, targets)
     assert logp.shape == first.shape == (0,)

@@ -46,8 +46,8 @@ def gae(
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16), no value after an answer's last token.
 
     ``A_t = sum over i of (gamma lam)^i d_(t+i)`` within the answer, with ``d_t = r_t + gamma V_(t+1) - V_t``. The sums are made
-    by doubling: after ``n`` rounds each token has those of ``2^n`` tokens from it on, so the longest answer needs as many rounds
-    as its length has binary digits.
+    by doubling: after ``n`` rounds each token has those of ``2^n`` tokens from it on, so the longest answer needs as many
+    rounds as its length has binary digits.
 
     Args:
         rewards_S: float ``[S]``.
@@ -85,7 +85,7 @@ def group_advantages(
 
     ``score - mean`` of the group, divided by the group's standard deviation: GRPO (arXiv 2402.03300, section 4.1.2); by that of
     all scores: ``batch``; by nothing: Dr. GRPO (arXiv 2503.20783). ``leave_one_out`` takes the mean of the others, as RLOO does
-    (arXiv 2402.14740, section 2), which is ``n / (n - 1)`` times as much. Deviations are those of samples (``n - 1``), plus 1e-4.
+    (arXiv 2402.14740, section 2), which is ``n / (n - 1)`` times as much. Deviations are of samples (``n - 1``), plus 1e-4.
 
     Args:
         scores_R: ``[R]``.
@@ -146,8 +146,8 @@ def clip_scores(scores_R: torch.Tensor, bound: float) -> torch.Tensor:
 class RunningMoments:
     """Mean and variance of all scores of a run, without keeping them.
 
-    Counts, means and squared distances of two parts are joined as by Chan, Golub and LeVeque (1979), in Python's floats, so a run
-    that goes on from ``state`` has the same numbers.
+    Counts, means and squared distances of two parts are joined as by Chan, Golub and LeVeque (1979), in Python's floats, so a
+    run that goes on from ``state`` has the same numbers.
 
     Attributes:
         count: scores seen.

@@ -1,7 +1,8 @@
 """Losses of policy optimisation: PPO, GRPO and their kin, for each token, unreduced.
 
-Flat as in ``losses/advantage.py``: ``S`` tokens of ``R`` answers, ``row_S`` (int64, not decreasing) says of which answer each
-is. ``logp`` is under the model as it is trained, ``old`` under the model that sampled, ``reference`` under the one it is held to.
+Flat as in ``losses/advantage.py``: ``S`` tokens of ``R`` answers; ``row_S`` (int64, not decreasing) says of which answer each
+token is. ``logp`` is under the model as it is trained, ``old`` under the one that sampled, ``reference`` under the one that the
+model is to stay close to.
 """
 
 from __future__ import annotations
