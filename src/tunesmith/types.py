@@ -212,11 +212,15 @@ class PromptExample:
         input_ids: int32 array ``[L]``, ending where the model is to go on.
         reference: the answer that the data give, as text; empty if they give none.
         source: the row it was made from.
+        messages: the turns that the tokens were made of, shortened where they were.
+        tools: functions that the model may call.
     """
 
     input_ids: np.ndarray
     reference: str
     source: Source
+    messages: tuple[Message, ...] = ()
+    tools: Tools = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

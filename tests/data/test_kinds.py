@@ -19,7 +19,7 @@ from tunesmith.data.prepare import load_rows, make_recipe, prepare_data
 from tunesmith.data.preprocess import preprocess_data
 from tunesmith.data.report import DataReport
 from tunesmith.errors import DataError
-from tunesmith.types import IGNORE_INDEX, Example, FeedbackExample, PairExample
+from tunesmith.types import IGNORE_INDEX, Example, FeedbackExample, PairExample, Prompt
 
 PAIR_ENTRY = {"ranking": True, "columns": {"prompt": "instruction", "query": "input", "chosen": "output", "rejected": "worse"}}
 
@@ -141,6 +141,28 @@ def test_prompts_are_what_chat_would_ask(tiny_model: Path, tokenizer: PreTrained
     ending = ids(tokenizer, turns("x"), add_generation_prompt=True)[-4:]
     assert train[2].input_ids[-4:].tolist() == ending
     assert [f.code for f in report.of("cut")] == ["truncated"]
+    for one in train:  # the turns are those of the tokens, shortened with them
+        said = [{"role": m.role, "content": m.content} for m in one.messages]
+        assert one.input_ids.tolist() == ids(tokenizer, said, add_generation_prompt=True)
+    assert 0 < len(train[2].messages[0].content) < len("the " * 90)
+
+
+def test_prompts_keep_turns_and_tools(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": ["猫", 1.5, None]}}}
+    said = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "who"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "rain", "tool_call_id": "1", "name": "look"},
+    ]  # fmt: skip
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    folder = write_dataset(tmp_path / "data", [{"messages": said, "tools": [tool]}], formatting="openai")
+    config = configured(tiny_model, folder, tmp_path)
+    (given,) = prepare_data(config.data, config.data.dataset, DataReport(), "prompt")
+    (one,), _ = load_rows(config, tokenizer, DataReport(), PROMPT)
+    assert isinstance(given, Prompt)
+    assert (one.messages, one.tools) == (given.messages, given.tools)
+    assert one.messages[2].tool_calls[0].arguments == {"at": ["猫", 1.5, None]}
+    assert one.messages[2].reasoning == "hm"
 
 
 @pytest.mark.parametrize(

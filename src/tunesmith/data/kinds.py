@@ -59,8 +59,8 @@ def feedback_of(row: Learned) -> FeedbackExample:
 
 
 def prompt_of(row: Learned) -> PromptExample:
-    """A prompt with the answer that the data give."""
-    return PromptExample(row.ids, row.reference, row.source)
+    """A prompt with its turns and with the answer that the data give."""
+    return PromptExample(row.ids, row.reference, row.source, row.messages, row.tools)
 
 
 PAIR: Kind[PairExample] = Kind("pair", 2, pair_of)

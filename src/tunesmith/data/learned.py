@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunesmith.types import IGNORE_INDEX, Example, Source
+from tunesmith.types import IGNORE_INDEX, Example, Message, Source, Tools
 
 
 class Learned(NamedTuple):
@@ -18,6 +18,7 @@ class Learned(NamedTuple):
         source: the row it was made from.
         good: of feedback and of the two answers of a pair, whether it is a good or the better one.
         reference: of a prompt, the answer that the data give.
+        messages, tools: of a prompt, what the tokens were made of.
         margin: of the better answer of a pair, by how much it is better, as the data say.
     """
 
@@ -27,6 +28,8 @@ class Learned(NamedTuple):
     good: bool = True
     reference: str = ""
     margin: float = 0.0
+    messages: tuple[Message, ...] = ()
+    tools: Tools = ()
 
     @property
     def supervised(self) -> int:

@@ -20,8 +20,9 @@ class PromptMaker(DialogueMaker[Prompt]):
         return [self.template.prompt(row.messages, row.tools)]
 
     def learned(self, row: Prompt, views: Views, tokens: Sequence[Tokens]) -> list[Learned]:
-        """One, with the answer that the data give."""
-        return [Learned(own.ids, (), row.source, reference=row.reference) for own in tokens]
+        """One, with its turns and with the answer that the data give."""
+        own = tokens[0].ids
+        return [Learned(own, (), row.source, reference=row.reference, messages=row.messages, tools=row.tools)]
 
     def without_oldest(self, row: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
         """The end of the prompt stays."""

@@ -23,17 +23,18 @@ from filelock import FileLock
 from tunesmith.data.lazy import Lazy
 from tunesmith.data.learned import Learned
 from tunesmith.data.report import DataReport, pack_report, unpack_report
+from tunesmith.data.wire import packed, unpacked
 from tunesmith.errors import DataError
 from tunesmith.types import Example, Source
 
 JOURNAL = "journal.jsonl"
 _COLUMNS = {
     "ids": "<i4", "ends": "<i8", "spans": "<i4", "weights": "<f4", "span_ends": "<i8", "places": "<i8", "good": "|u1",
-    "margins": "<f4", "references": "|u1", "reference_ends": "<i8",
+    "margins": "<f4", "references": "|u1", "reference_ends": "<i8", "prompts": "|u1", "prompt_ends": "<i8",
 }  # fmt: skip
-"""Column -> type. ``ends``, ``span_ends`` and ``reference_ends`` hold, for each row, how many tokens, spans and bytes of
-references (UTF-8) there are up to its end; ``spans`` pairs of token positions within the row; ``places`` (file, row,
-line)."""
+"""Column -> type. ``ends``, ``span_ends``, ``reference_ends`` and ``prompt_ends`` hold, for each row, how many tokens, spans
+and bytes of texts (UTF-8) there are up to its end; ``spans`` pairs of token positions within the row; ``places`` (file, row,
+line); ``prompts`` the turns of prompts, as JSON."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Progress:
 
     Attributes:
         rows: raw rows that are done.
-        examples, tokens, spans, references: written so far; of references, the bytes.
+        examples, tokens, spans, references, prompts: written so far; of texts, the bytes.
         files: the files that rows come from, in the order of their first row.
         columns: declared columns that were seen in some row.
         digest: SHA-256 over all chunks.
@@ -54,6 +55,7 @@ class Progress:
     tokens: int = 0
     spans: int = 0
     references: int = 0
+    prompts: int = 0
     files: list[str] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
     digest: str = ""
@@ -63,7 +65,8 @@ class Progress:
         """Entries of each column."""
         return {"ids": self.tokens, "ends": self.examples, "spans": 2 * self.spans, "weights": self.spans,
                 "span_ends": self.examples, "places": 3 * self.examples, "good": self.examples,
-                "margins": self.examples, "references": self.references, "reference_ends": self.examples}  # fmt: skip
+                "margins": self.examples, "references": self.references, "reference_ends": self.examples,
+                "prompts": self.prompts, "prompt_ends": self.examples}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -149,14 +152,15 @@ class StoreWriter:
             progress.tokens += len(parts["ids"])
             progress.spans += len(parts["weights"])
             progress.references += len(parts["references"])
+            progress.prompts += len(parts["prompts"])
             progress.files += new_files
             progress.columns |= columns
             progress.digest = digest.hexdigest()
             progress.report.merge(report)
             line = {
                 "rows": progress.rows, "examples": progress.examples, "tokens": progress.tokens, "spans": progress.spans,
-                "references": progress.references, "files": new_files, "columns": sorted(columns),
-                "digest": progress.digest, "report": pack_report(report),
+                "references": progress.references, "prompts": progress.prompts, "files": new_files,
+                "columns": sorted(columns), "digest": progress.digest, "report": pack_report(report),
             }  # fmt: skip
             self._journal.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._journal.flush()
@@ -188,6 +192,7 @@ class StoreWriter:
 def _columns_of(learned: Sequence[Learned], files: dict[str, int], before: Progress) -> dict[str, np.ndarray]:
     spans = [span for row in learned for span in row.spans]
     references = [row.reference.encode() for row in learned]
+    prompts = [packed(row.messages, row.tools).encode() for row in learned]
     places = [place for row in learned for place in (files[row.source.file], row.source.row, row.source.line)]
     return {
         "ids": np.concatenate([np.zeros(0, np.int32), *(row.ids for row in learned)]),
@@ -200,6 +205,8 @@ def _columns_of(learned: Sequence[Learned], files: dict[str, int], before: Progr
         "margins": np.array([row.margin for row in learned], dtype=np.float64),
         "references": np.frombuffer(b"".join(references), dtype=np.uint8),
         "reference_ends": before.references + np.array([len(text) for text in references], dtype=np.int64).cumsum(),
+        "prompts": np.frombuffer(b"".join(prompts), dtype=np.uint8),
+        "prompt_ends": before.prompts + np.array([len(text) for text in prompts], dtype=np.int64).cumsum(),
     }
 
 
@@ -221,7 +228,8 @@ def read_journal(folder: Path) -> Progress:
             break
         good += len(raw) + 1
         progress.rows, progress.examples = line["rows"], line["examples"]
-        progress.tokens, progress.spans, progress.references = line["tokens"], line["spans"], line["references"]
+        progress.tokens, progress.spans = line["tokens"], line["spans"]
+        progress.references, progress.prompts = line["references"], line["prompts"]
         progress.files += line["files"]
         progress.columns |= set(line["columns"])
         progress.digest = line["digest"]
@@ -294,12 +302,13 @@ class TokenSet(Lazy[Example]):
         spans = tuple((start, stop, weight) for (start, stop), weight in zip(bounds, weights, strict=True))
         good = bool(self._columns["good"][index])
         margin = float(self._columns["margins"][index])
-        return Learned(np.array(self.tokens(index)), spans, self.source(index), good, self._reference(index), margin)
+        reference = self._text("references", "reference_ends", index)
+        messages, tools = unpacked(self._text("prompts", "prompt_ends", index))
+        return Learned(np.array(self.tokens(index)), spans, self.source(index), good, reference, margin, messages, tools)
 
-    def _reference(self, index: int) -> str:
-        ends = self._columns["reference_ends"]
-        begin = int(ends[index - 1]) if index else 0
-        return self._columns["references"][begin : int(ends[index])].tobytes().decode()
+    def _text(self, column: str, ends: str, index: int) -> str:
+        begin = int(self._columns[ends][index - 1]) if index else 0
+        return self._columns[column][begin : int(self._columns[ends][index])].tobytes().decode()
 
     def tokens(self, index: int) -> np.ndarray:
         """Token ids of a row, int32, not copied."""

@@ -139,6 +139,22 @@ def traced_tools(tools: Tools) -> list[Any] | None:
     return [trace(tool, TOOLS) for tool in tools] or None
 
 
+def packed(messages: Sequence[Message], tools: Tools) -> str:
+    """Messages and tools as JSON text, from which ``unpacked`` makes the same again; nothing of nothing."""
+    if not messages:
+        return ""
+    wired = plain_messages(messages, Form())
+    for mapping, message in zip(wired, messages, strict=True):
+        mapping["weight"] = message.weight
+    return json.dumps([wired, [thaw(tool) for tool in tools]], ensure_ascii=False, default=str)
+
+
+def unpacked(text: str) -> tuple[tuple[Message, ...], Tools]:
+    """What ``packed`` was given."""
+    wired, tools = json.loads(text) if text else ((), ())
+    return tuple(as_messages(wired)), tuple(tools)
+
+
 def as_messages(given: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
     """Messages from messages or from mappings in OpenAI's form.
 
