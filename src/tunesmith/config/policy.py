@@ -14,9 +14,10 @@ from tunesmith.config.arguments import (
     TrainingArguments,
 )
 from tunesmith.config.reward import REWARD_KEYS, function_of, function_problems, reward_problems
+from tunesmith.rewards.shipped import SHIPPED, option_problems
 
 POLICY_STAGES = ("ppo", "grpo")
-SHIPPED_REWARDS = ("math_answer", "format", "length", "regex", "reference", "repetition")
+SHIPPED_REWARDS = tuple(SHIPPED)
 """Names of reward functions that come with the package (``tunesmith/rewards``)."""
 
 _COMMON: Mapping[str, Any] = {
@@ -120,6 +121,9 @@ def _reward_rules(policy: PolicyArguments, model: ModelArguments | None) -> Iter
     for name in policy.reward_options:
         if name not in policy.reward_functions or name not in SHIPPED_REWARDS:
             yield "reward_options", f"{name!r} is not among the shipped functions of reward_functions"
+    for name in policy.reward_functions:
+        if name in SHIPPED_REWARDS:
+            yield from (("reward_options", message) for message in option_problems(name, policy.reward_options.get(name, {})))
     if model is None:
         return
     if model.reward_model is not None:
