@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("stages",),
     ("report", "check", "verify", "export", "serve"),
-    ("board",),
+    ("board", "pipeline"),
     ("cli",),
     ("__main__",),
 )

@@ -77,6 +77,29 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(help="YAML file with a list of stages.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value for all stages, stage.key=value for one; they win over the file.", show_default=False),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Run from this stage on.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and check all of it.")] = False,
+) -> None:
+    """Train several stages, each from the results of earlier ones; finished ones are kept, a stopped one is gone on with."""
+    from functools import partial
+
+    from tunesmith.pipeline.run import Call, look, run_pipeline
+
+    call, say = Call(file, tuple(overrides or ()), only, start), partial(print, flush=True)
+    if not dry_run:
+        run_pipeline(call, say)
+    elif look(call, say):
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(
     config: Config,
     overrides: Overrides = None,

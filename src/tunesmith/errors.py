@@ -51,6 +51,14 @@ class Interrupted(TunesmithError):
         self.exit_code = exit_code
 
 
+class StageError(TunesmithError):
+    """A stage of a pipeline failed or was stopped; its exit status is kept."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NonFiniteError(TunesmithError):
     """A loss or gradient is NaN or infinite; raised before the update that it would have spoiled."""
 

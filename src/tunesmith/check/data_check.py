@@ -91,7 +91,14 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target | None
     except ConfigError as error:
         checked.errors += [_config_entry(*problem) for problem in error.problems or [("", "", str(error))]]
         return checked
-    checked.notes += notices
+    found = check_config(config, target)
+    found.notes[:0] = notices
+    return found
+
+
+def check_config(config: RunConfig, target: Target | None = None) -> Checked:
+    """Look at tokenizer, template and every row of a configuration that is sound. Raises nothing that a user can cause."""
+    checked = Checked()
     quiet_library()
     try:
         tokenizer = load_tokenizer(config.model)

@@ -79,16 +79,30 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     if path is not None:
         read_file(Path(path), raw)
     read_overrides(overrides, raw)
+    config, notices = settle(raw, str(path or "arguments"))
+    if config is None:
+        raise ConfigError(describe(raw.problems, path), [(p.where, p.key, p.message) for p in raw.problems])
+    return config, notices
+
+
+def settle(raw: RawConfig, source: str) -> tuple[RunConfig | None, list[str]]:
+    """Build the configuration that raw values make, and judge it.
+
+    Args:
+        raw: aliases and keys without effect are taken out of it; what is wrong is added to its problems.
+        source: place of a problem whose key is not given.
+
+    Returns:
+        The configuration, None where there are problems; notices about keys that have no effect.
+    """
     take_aliases(raw)
     notices = take_no_effect(raw)
     notices += _prefer_resuming(raw)
     _take_stage_defaults(raw)
     sections = parse_sections(raw, SECTIONS)
     for key, message in violations(sections):
-        raw.problems.append(Problem(raw.places.get(key, str(path or "arguments")), key, message))
-    if raw.problems:
-        raise ConfigError(describe(raw.problems, path), [(p.where, p.key, p.message) for p in raw.problems])
-    return RunConfig(**sections), notices
+        raw.problems.append(Problem(raw.places.get(key, source), key, message))
+    return (None if raw.problems else RunConfig(**sections)), notices
 
 
 def _prefer_resuming(raw: RawConfig) -> list[str]:
@@ -132,18 +146,23 @@ def load_model_settings(
 
 def read_file(path: Path, raw: RawConfig) -> None:
     """Read a flat YAML or JSON mapping into ``raw``. Raises ConfigError when it is not one."""
+    text = read_text(path)
+    if path.suffix == ".json":
+        _read_json(text, path, raw)
+    else:
+        _read_yaml(text, path, raw)
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises ConfigError where there is none, or one that is too large or not UTF-8."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; give the path of a YAML or JSON file")
     if path.stat().st_size > _MAX_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {_MAX_BYTES:,}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    if path.suffix == ".json":
-        _read_json(text, path, raw)
-    else:
-        _read_yaml(text, path, raw)
 
 
 def _read_json(text: str, path: Path, raw: RawConfig) -> None:
@@ -173,14 +192,19 @@ def _report_repeats(keys: Iterable[str], path: Path, raw: RawConfig) -> None:
 
 
 def _read_yaml(text: str, path: Path, raw: RawConfig) -> None:
-    root = _compose(text, str(path))
+    root = compose(text, str(path))
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: a configuration is one flat mapping of key: value lines")
-    _report_repeated_nodes(root, path, raw)
-    for key_node, value_node in root.value:
-        raw.put(str(key_node.value), _construct(value_node), _place(str(path), key_node.start_mark))
+    read_mapping(root, path, raw)
+
+
+def read_mapping(mapping: yaml.MappingNode, path: Path, raw: RawConfig) -> None:
+    """Put the keys of a node of ``path`` into ``raw``, each with its line."""
+    _report_repeated_nodes(mapping, path, raw)
+    for key_node, value_node in mapping.value:
+        raw.put(str(key_node.value), construct(value_node), place(str(path), key_node.start_mark))
 
 
 def _report_repeated_nodes(mapping: yaml.MappingNode, path: Path, raw: RawConfig) -> None:
@@ -188,33 +212,33 @@ def _report_repeated_nodes(mapping: yaml.MappingNode, path: Path, raw: RawConfig
     for key_node, value_node in mapping.value:
         key = str(key_node.value)
         if key in seen:
-            raw.problems.append(Problem(_place(str(path), key_node.start_mark), key, "given twice; keep one"))
+            raw.problems.append(Problem(place(str(path), key_node.start_mark), key, "given twice; keep one"))
         seen.add(key)
         if isinstance(value_node, yaml.MappingNode):
             _report_repeated_nodes(value_node, path, raw)
 
 
-def _compose(text: str, name: str) -> yaml.Node | None:
-    """Parse to nodes; refuse aliases and tags before building anything."""
+def compose(text: str, name: str) -> yaml.Node | None:
+    """Parse YAML to nodes. Raises ConfigError, before anything is built, on aliases, tags, and what is no YAML."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
-                raise ConfigError(f"{_place(name, event.start_mark)}  nested too deeply; a configuration is one flat mapping")
+                raise ConfigError(f"{place(name, event.start_mark)}  nested too deeply; a configuration is one flat mapping")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise ConfigError(f"{_place(name, event.start_mark)}  anchors and aliases (& *) are not used here")
+                raise ConfigError(f"{place(name, event.start_mark)}  anchors and aliases (& *) are not used here")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        place = _place(name, error.problem_mark or error.context_mark)
-        raise ConfigError(f"{place}  not valid YAML: {error.problem or error.context}") from None
+        where = place(name, error.problem_mark or error.context_mark)
+        raise ConfigError(f"{where}  not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
     _check_tags(node, name)
     return node
 
 
-def _place(name: str, mark: Any) -> str:
+def place(name: str, mark: Any) -> str:
     """``file:line:column``, counted from 1."""
     return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
 
@@ -223,7 +247,7 @@ def _check_tags(node: yaml.Node | None, name: str) -> None:
     if node is None:
         return
     if node.tag not in _PLAIN_TAGS:
-        raise ConfigError(f"{_place(name, node.start_mark)}  the tag {node.tag} is refused; only plain values are read")
+        raise ConfigError(f"{place(name, node.start_mark)}  the tag {node.tag} is refused; only plain values are read")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _check_tags(item, name)
@@ -233,7 +257,8 @@ def _check_tags(node: yaml.Node | None, name: str) -> None:
             _check_tags(value, name)
 
 
-def _construct(node: yaml.Node) -> Any:
+def construct(node: yaml.Node) -> Any:
+    """The plain value of a node; a date stays text."""
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":timestamp"):
         return node.value
     return yaml.SafeLoader("").construct_object(node, deep=True)
@@ -247,8 +272,8 @@ def read_overrides(overrides: Sequence[str], raw: RawConfig) -> None:
             raw.problems.append(Problem(f"argument {argument!r}", "", "expected key=value"))
             continue
         try:
-            node = _compose(value, f"argument {key}")
-            raw.put(key, None if node is None else _construct(node), f"argument {key}")
+            node = compose(value, f"argument {key}")
+            raw.put(key, None if node is None else construct(node), f"argument {key}")
         except ConfigError:
             raw.put(key, value, f"argument {key}")
 

@@ -12,7 +12,7 @@ import yaml
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.train.finished import Finished
-from tunesmith.train.runfolder import DATA_REPORT, LOSS_PLOT, RESULTS, SAMPLES
+from tunesmith.train.runfiles import DATA_REPORT, LOSS_PLOT, RESULTS, SAMPLES
 
 CARD = "README.md"
 _SETTINGS = (

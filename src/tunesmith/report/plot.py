@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.errors import CheckpointError
-from tunesmith.train.runfolder import LOSS_PLOT
+from tunesmith.train.runfiles import LOSS_PLOT
 from tunesmith.train.runlog import LOG_NAME, read_log
 
 if TYPE_CHECKING:
@@ -84,12 +84,7 @@ def plot_loss(run: Path) -> Path:
     figure, axes = plt.subplots(len(drawn), 1, figsize=(8, 4.5 + 2.5 * below), sharex=True, squeeze=False,
                                 height_ratios=(2, *(1 for _ in range(below))))  # fmt: skip
     for (row,), panel in zip(axes, drawn, strict=True):
-        name = panel.label.partition(" (")[0]
-        _draw(row, panel.training, f"training {name}", "C0", raw=True)
-        _draw(row, panel.evaluation, f"evaluation {name}", "C1")
-        row.set_ylabel(panel.label)
-        row.grid(alpha=0.3)
-        row.legend()
+        draw_panel(row, panel)
     axes[-1][0].set_xlabel("update")
     figure.suptitle("training loss" if not below else "training curves")
     figure.tight_layout()
@@ -97,6 +92,16 @@ def plot_loss(run: Path) -> Path:
     figure.savefig(target, dpi=120)
     plt.close(figure)
     return target
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw the curves of a panel, with legend and label."""
+    name = panel.label.partition(" (")[0]
+    _draw(axes, panel.training, f"training {name}", "C0", raw=True)
+    _draw(axes, panel.evaluation, f"evaluation {name}", "C1")
+    axes.set_ylabel(panel.label)
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def _series(entries: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:

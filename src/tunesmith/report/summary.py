@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.model.files import VALUE_HEAD
 from tunesmith.train.checkpoint import list_checkpoints
-from tunesmith.train.runfolder import LOSS_PLOT, read_results
+from tunesmith.train.runfiles import LOSS_PLOT, read_results
 from tunesmith.train.runlog import LOG_NAME, read_log
 
 

@@ -30,7 +30,7 @@ from tunesmith.model.lineage import line_of, without_contained
 from tunesmith.model.load import load_base_model, load_pretrained
 from tunesmith.model.precision import pick_device, resolve_dtype
 from tunesmith.model.tokenizer import read_tokenizer
-from tunesmith.train.runfolder import CONFIG, is_finished
+from tunesmith.train.runfiles import CONFIG, is_finished
 from tunesmith.types import Message
 
 TRAINING_KEYS = {key for cls in (DataArguments, FinetuningArguments, TrainingArguments) for key in cls.model_fields} - {

@@ -25,7 +25,7 @@ from tunesmith.model.files import ADAPTER_CONFIG
 from tunesmith.model.heads import has_head
 from tunesmith.model.lineage import without_contained
 from tunesmith.model.reward import HEEDED_BY_WHOLE, ModelScorer, load_reward_model
-from tunesmith.train.runfolder import CONFIG, is_finished
+from tunesmith.train.runfiles import CONFIG, is_finished
 from tunesmith.types import Conversation, Document, Feedback, Message, PreferencePair, Row
 
 _DATA_KEYS = {

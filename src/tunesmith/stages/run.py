@@ -51,18 +51,8 @@ from tunesmith.stages.samples import sample_answers
 from tunesmith.stages.sft import Seq2SeqPeftTrainer
 from tunesmith.train.checkpoint import write_json
 from tunesmith.train.progress import Reporter
-from tunesmith.train.runfolder import (
-    CONFIG,
-    DATA_REPORT,
-    FINETUNING_ARGS,
-    SAMPLES,
-    claim,
-    files_in,
-    open_run,
-    starting_point,
-    write_manifest,
-    write_results,
-)
+from tunesmith.train.runfiles import CONFIG, DATA_REPORT, FINETUNING_ARGS, SAMPLES
+from tunesmith.train.runfolder import claim, files_in, open_run, starting_point, write_manifest, write_results
 from tunesmith.train.trainer import Ingredients, PeftTrainer
 
 TRAINERS: dict[str, type[PeftTrainer]] = {

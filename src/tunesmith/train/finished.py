@@ -15,7 +15,7 @@ from tunesmith.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.model.lineage import line_of, without_contained
 from tunesmith.model.origin import check_alone
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
-from tunesmith.train.runfolder import CONFIG, is_finished
+from tunesmith.train.runfiles import CONFIG, is_finished
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,19 @@ import torch
 from tunesmith.config.arguments import TrainingArguments
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.train.checkpoint import list_checkpoints, newest_sound, step_of, verify, write_json
+from tunesmith.train.runfiles import (
+    CONFIG,
+    DATA_REPORT,
+    FINETUNING_ARGS,
+    LOSS_PLOT,
+    MANIFEST,
+    RESULTS,
+    SAMPLES,
+    is_finished,
+    read_results,
+)
 from tunesmith.train.runlog import LOG_NAME
 
-CONFIG = "config.yaml"
-MANIFEST = "manifest.json"
-RESULTS = "train_results.json"
-SAMPLES = "samples.jsonl"
-DATA_REPORT = "data_report.json"
-FINETUNING_ARGS = "finetuning_args.json"
-LOSS_PLOT = "training_loss.png"
 _OWN_FILES = (CONFIG, MANIFEST, RESULTS, SAMPLES, DATA_REPORT, FINETUNING_ARGS, LOSS_PLOT, LOG_NAME)
 
 
@@ -81,11 +85,6 @@ def _is_ours(run: Path) -> bool:
         return False
 
 
-def is_finished(run: Path) -> bool:
-    """Whether a run in this folder came to its end."""
-    return (run / RESULTS).is_file()
-
-
 def _made_by_a_run(run: Path) -> str:
     if list_checkpoints(run):
         return f"{list_checkpoints(run)[-1].name} and earlier"
@@ -102,15 +101,6 @@ def write_results(run: Path, existing: set[str], results: dict[str, Any]) -> Non
     earlier = read_results(run).get("files", []) if is_finished(run) else []
     made = sorted(files_in(run) - existing | set(earlier) | {RESULTS})
     write_json(run / RESULTS, {**results, "files": made})
-
-
-def read_results(run: Path) -> dict[str, Any]:
-    """What ``write_results`` wrote. Raises CheckpointError when it cannot be read."""
-    try:
-        results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run / RESULTS}: cannot be read: {error}") from None
-    return results
 
 
 def clear(run: Path) -> None:

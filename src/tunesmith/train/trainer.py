@@ -44,7 +44,7 @@ from tunesmith.train.checkpoint import (
 from tunesmith.train.optim.averaged import averaged, use_average, use_training_point
 from tunesmith.train.optimizer import build_optimizer, build_schedule, optimizer_notice
 from tunesmith.train.progress import Reporter
-from tunesmith.train.runfolder import DATA_REPORT, FINETUNING_ARGS
+from tunesmith.train.runfiles import DATA_REPORT, FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
 from tunesmith.train.step import StepResult, Updater, add_metrics, means
 from tunesmith.types import Batch, LossOutput
