@@ -55,6 +55,11 @@ def test_a_function_scores(write: Callable[[str], str]) -> None:
     assert made.scores([]).shape == (0,)
 
 
+def test_a_file_that_has_changed_is_run_again(write: Callable[[str], str]) -> None:
+    for value in (1, 22):
+        assert scorer(write(f"def reward(prompts, responses):\n  return [{value}, {value}]\n")).scores(TWO).tolist() == [value] * 2
+
+
 def test_what_it_is_given(write: Callable[[str], str], tmp_path: Path) -> None:
     note = tmp_path / "given"
     made = scorer(
@@ -232,6 +237,15 @@ def test_a_server_scores(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[1]["key"] == "Bearer s3cret"
     assert made.scores([]).shape == (0,)
     assert len(asked) == 2
+
+
+def test_references_are_sent_where_there_are_any(serve: Serve) -> None:
+    address, asked = serve(GOOD)
+    made = EndpointScorer(address, 5)
+    made.scores(TWO, ["", ""])
+    made.scores(TWO, ["4", ""])
+    assert "references" not in asked[0]["body"]
+    assert asked[1]["body"]["references"] == ["4", ""]
 
 
 def test_what_passes_is_tried_again(serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

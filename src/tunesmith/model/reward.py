@@ -107,15 +107,22 @@ class ModelScorer:
         found = getattr(unwrap(self.forward.model).config.get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) else None
 
-    def encode(self, conversation: Conversation) -> np.ndarray:
-        """Token ids of a conversation that ends with the answer, int32. Raises ModelError, which names the row."""
+    def encode(self, conversation: Conversation, ended: bool = True, sampled: bool = False) -> np.ndarray:
+        """Token ids of a conversation that ends with the answer, int32. Raises ModelError, which names the row.
+
+        Args:
+            conversation: to be rendered.
+            ended: whether the answer has an end; what the template writes behind it is left out if not.
+            sampled: the answer is what some model said: it may be empty, or such that the template does not show all of it.
+        """
         earlier, answer = parted(conversation)
         shown = [replace(message, weight=0.0) for message in earlier]
         try:
-            rendered = self.template.rendered([*shown, replace(answer, weight=1.0)], conversation.tools)
+            rendered = self.template.rendered([*shown, replace(answer, weight=0.0 if sampled else 1.0)], conversation.tools)
         except TemplateError as error:
             raise ModelError(f"reward_model: {conversation.source}: {error}") from error
-        (tokens,) = self.template.encoder.encode([Text(rendered.text, (), rendered.data)])
+        text = rendered.text if ended else rendered.text.removesuffix(self.template.turn_ending)
+        (tokens,) = self.template.encoder.encode([Text(text, (), rendered.data)])
         return tokens.ids
 
     @torch.no_grad()

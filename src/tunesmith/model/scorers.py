@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import email.message
+import hashlib
 import importlib.util
+import inspect
 import json
-import logging
-import os
 import sys
-import time
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from http.client import HTTPException, HTTPMessage
 from numbers import Real
 from pathlib import Path
-from typing import IO, Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
 from tunesmith.config.reward import function_of
 from tunesmith.errors import ModelError
+from tunesmith.model.endpoint import Endpoint
 from tunesmith.types import Conversation, Message
-
-log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "TUNESMITH_REWARD_KEY"
 """Environment variable with the key that a server asks for; sent as a bearer token, written nowhere."""
-_ATTEMPTS = 4
-_LONGEST_PAUSE = 60.0
-_LARGEST_ANSWER = 64 << 20
 
 
 def parted(conversation: Conversation) -> tuple[tuple[Message, ...], Message]:
@@ -83,67 +75,111 @@ def _fits(score: Real) -> bool:
 
 
 class FunctionScorer:
-    """Calls ``name(prompts, responses)`` of a Python file, which is run when this is made.
+    """Calls ``name(prompts, responses)`` of a Python file, which is run when the first function of it is made.
+
+    A function with a parameter ``references``, with ``**`` parameters, or with a third parameter that has to be given, gets the
+    answers that the data give as well, empty texts where they give none.
 
     Args:
         named: ``path/to/file.py:name``.
+        key: setting that names it, for messages.
 
     Raises:
         ModelError: the file cannot be imported, or has no such function.
     """
 
-    def __init__(self, named: str) -> None:
+    def __init__(self, named: str, key: str = "reward_model") -> None:
         path, name = function_of(named)
-        self._where = f"reward_model: {path}:{name}"
+        self._where = f"{key}: {path}:{name}"
         self._path = path.resolve()
         self._function = _imported(self._path, name, self._where)
+        self._takes = _references_of(self._function)
 
-    def scores(self, answered: Sequence[Conversation]) -> torch.Tensor:
-        """As ``Scorer``; the function is called once."""
+    def scores(self, answered: Sequence[Conversation], references: Sequence[str] = ()) -> torch.Tensor:
+        """As ``Scorer``; the function is called once.
+
+        Args:
+            answered: conversations.
+            references: the answers that the data give, as many; none: they give none.
+        """
         if not answered:
             return torch.empty(0)
-        pairs = [prompt_and_answer(conversation) for conversation in answered]
+        known = references or [""] * len(answered)
+        rows = [(*prompt_and_answer(one), reference) for one, reference in zip(answered, known, strict=True)]
         try:
-            found = self._call(pairs)
+            found = self._call(rows)
         except (Exception, SystemExit) as error:
-            row = self._culprit(pairs)
+            row = self._culprit(rows)
             place = f"at {answered[row].source}" if row is not None else f"for {len(answered)} rows, though for none alone"
             raise ModelError(f"{self._where}: raised {place}: {_reason(error, self._path)}") from error
         return _checked(found, answered, self._where)
 
-    def _call(self, pairs: Sequence[tuple[str, str]]) -> Any:
-        return self._function([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+    def _call(self, rows: Sequence[tuple[str, str, str]]) -> Any:
+        prompts, answers, references = ([row[part] for row in rows] for part in range(3))
+        if self._takes == "by name":
+            return self._function(prompts, answers, references=references)
+        return self._function(prompts, answers, references) if self._takes else self._function(prompts, answers)
 
-    def _culprit(self, pairs: Sequence[tuple[str, str]]) -> int | None:
+    def _culprit(self, rows: Sequence[tuple[str, str, str]]) -> int | None:
         """The first row for which the function also raises alone."""
-        if len(pairs) == 1:
+        if len(rows) == 1:
             return 0
-        for row, pair in enumerate(pairs):
+        for number, row in enumerate(rows):
             try:
-                self._call([pair])
+                self._call([row])
             except (Exception, SystemExit):
-                return row
+                return number
         return None
 
 
-def _imported(path: Path, name: str, where: str) -> Callable[..., Any]:
-    module_name = f"tunesmith_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{where}: cannot be imported; expected a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # as an import does: dataclasses and the like look there
+def _references_of(function: Callable[..., Any]) -> Literal["by name", "third", ""]:
+    """Whether and how a function takes references."""
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise ModelError(f"{where}: the file cannot be imported: {_reason(error, path)}") from error
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError):  # one that is not written in Python
+        return ""
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if "references" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
+        named = parameters.get("references")
+        return "third" if named is not None and named.kind is named.POSITIONAL_ONLY else "by name"
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return "third" if len(needed) == 3 else ""
+
+
+_modules: dict[tuple[Path, int, int], ModuleType] = {}
+"""Files that were run, by path, time of change and size."""
+
+
+def _imported(path: Path, name: str, where: str) -> Callable[..., Any]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ModelError(f"{where}: the file cannot be read: {error.strerror}") from None
+    key = (path, found.st_mtime_ns, found.st_size)
+    if key not in _modules:
+        _modules[key] = _module(path, where)
+    module = _modules[key]
     function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         has = f"it has {', '.join(names[:5])}" if names else "it has none"
         raise ModelError(f"{where}: the file has no function {name!r}; {has}")
     return function
+
+
+def _module(path: Path, where: str) -> ModuleType:
+    name = f"tunesmith_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{where}: cannot be imported; expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as an import does: dataclasses and the like look there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ModelError(f"{where}: the file cannot be imported: {_reason(error, path)}") from error
+    return module
 
 
 def _reason(error: BaseException, path: Path) -> str:
@@ -159,8 +195,7 @@ def _reason(error: BaseException, path: Path) -> str:
 class EndpointScorer:
     """Sends ``{"prompts": [...], "responses": [...]}`` to an address; expects ``{"scores": [...]}``.
 
-    What may pass (no connection, a timeout, status 429 or 5xx) is tried four times, 1, 2 and 4 seconds apart or as the server
-    asks; anything else ends at once. Redirections are not followed, because the key would go along.
+    ``"references": [...]`` is sent as well where the data give any. How often it is asked: see ``Endpoint``.
 
     Args:
         address: ``http://`` or ``https://``.
@@ -169,88 +204,24 @@ class EndpointScorer:
     """
 
     def __init__(self, address: str, timeout: float, pause: float = 1.0) -> None:
-        self._where = f"reward_model: {address}"
         self._address = address
-        self._timeout = timeout
-        self._pause = pause
-        self._open = urllib.request.build_opener(_Straight()).open
+        self._server = Endpoint(f"reward_model: {address}", KEY_VARIABLE, timeout, "reward_timeout", pause)
 
-    def scores(self, answered: Sequence[Conversation]) -> torch.Tensor:
-        """As ``Scorer``; one request."""
+    def scores(self, answered: Sequence[Conversation], references: Sequence[str] = ()) -> torch.Tensor:
+        """As ``Scorer``; one request.
+
+        Args:
+            answered: conversations.
+            references: the answers that the data give, as many; none: they give none.
+        """
         if not answered:
             return torch.empty(0)
         pairs = [prompt_and_answer(conversation) for conversation in answered]
-        body = {"prompts": [prompt for prompt, _ in pairs], "responses": [answer for _, answer in pairs]}
-        answer = self._ask(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
-        try:
-            found = json.loads(answer)
-        except (ValueError, RecursionError):
-            raise ModelError(f"{self._where}: expected JSON, found {self._excerpt(answer)}") from None
+        question = {"prompts": [prompt for prompt, _ in pairs], "responses": [answer for _, answer in pairs]}
+        if any(references):
+            question["references"] = list(references)
+        found = self._server.ask(self._address, question)
         if not isinstance(found, dict) or "scores" not in found:
-            raise ModelError(f'{self._where}: expected {{"scores": [...]}}, found {self._excerpt(answer)}')
-        return _checked(found["scores"], answered, self._where)
-
-    def _ask(self, body: bytes) -> bytes:
-        for attempt in range(_ATTEMPTS):
-            pause = self._pause * 2**attempt
-            try:
-                return self._post(body)
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"status {error.code} ({error.reason}): {self._excerpt(error.read(1000))}"
-                    if error.code != 429 and error.code < 500:
-                        raise ModelError(f"{self._where}: {reason}{_hint(error.code)}") from None
-                    pause = _asked_pause(error.headers) or pause
-            except (OSError, HTTPException) as error:
-                cause = getattr(error, "reason", error)
-                waited = isinstance(cause, TimeoutError)
-                reason = f"no answer within {self._timeout:g} s (reward_timeout)" if waited else f"no answer: {cause}"
-            if attempt + 1 < _ATTEMPTS:
-                log.warning("%s: %s; trying again in %g s", self._where, reason, pause)
-                time.sleep(pause)
-        raise ModelError(f"{self._where}: {reason}; tried {_ATTEMPTS} times")
-
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if key := _key():
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._address, body, headers, method="POST")
-        with self._open(request, timeout=self._timeout) as response:
-            answer: bytes = response.read(_LARGEST_ANSWER + 1)
-        if len(answer) > _LARGEST_ANSWER:
-            raise ModelError(f"{self._where}: the answer is larger than {_LARGEST_ANSWER >> 20} MiB; it holds numbers only")
-        return answer
-
-    @staticmethod
-    def _excerpt(answer: bytes) -> str:
-        """The beginning of an answer, without the key, which a server may send back."""
-        text = answer.decode("utf-8", "replace")
-        key = _key()
-        return repr((text.replace(key, "***") if key else text)[:200])
-
-
-def _key() -> str:
-    """The key, or nothing. Raises ModelError, which does not show it, when it cannot be sent."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ModelError(f"{KEY_VARIABLE}: holds characters that no key has, such as a line break; set it anew")
-    return key
-
-
-class _Straight(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> None:
-        """Follow nothing: the library then reports the status."""
-
-
-def _hint(status: int) -> str:
-    if status in (401, 403):
-        return f"; the server wants a key: set the environment variable {KEY_VARIABLE}"
-    return "; give the address that it redirects to" if 300 <= status < 400 else ""
-
-
-def _asked_pause(headers: email.message.Message) -> float | None:
-    """Seconds that ``Retry-After`` asks for, if it gives a number."""
-    asked = headers.get("Retry-After", "")
-    return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() else None
+            excerpt = self._server.excerpt(json.dumps(found, ensure_ascii=False).encode())
+            raise ModelError(f'{self._server.where}: expected {{"scores": [...]}}, found {excerpt}')
+        return _checked(found["scores"], answered, self._server.where)
