@@ -57,7 +57,9 @@ def test_a_function_scores(write: Callable[[str], str]) -> None:
 
 def test_a_file_that_has_changed_is_run_again(write: Callable[[str], str]) -> None:
     for value in (1, 22):
-        assert scorer(write(f"def reward(prompts, responses):\n  return [{value}, {value}]\n")).scores(TWO).tolist() == [value] * 2
+        assert (
+            scorer(write(f"def reward(prompts, responses):\n  return [{value}, {value}]\n")).scores(TWO).tolist() == [value] * 2
+        )
 
 
 def test_what_it_is_given(write: Callable[[str], str], tmp_path: Path) -> None:
