@@ -7,7 +7,7 @@ Shape suffixes used in the package: ``T`` tokens of a flat batch, ``S`` supervis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -227,6 +227,36 @@ class PromptExample:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyTargets:
+    """What answers of the model's own teach: of each token of each answer, in the order of a batch's targets.
+
+    Attributes:
+        row_S: int64 ``[S]``, row of each token in the batch.
+        advantages_S: float32 ``[S]``, how much better the token was than expected.
+        old_S: float32 ``[S]``, log-probabilities when the answers were collected; None: as they are now.
+        reference_S: float32 ``[S]``, log-probabilities under the reference; None: not needed.
+        values_S, returns_S: float32 ``[S]``, what was expected when the answers were collected, and what came; None: no
+            values are learned.
+    """
+
+    row_S: torch.Tensor
+    advantages_S: torch.Tensor
+    old_S: torch.Tensor | None = None
+    reference_S: torch.Tensor | None = None
+    values_S: torch.Tensor | None = None
+    returns_S: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self, device: torch.device) -> PolicyTargets:
+        """The same on ``device``."""
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()})
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Several examples laid end to end, without padding.
 
@@ -246,6 +276,7 @@ class Batch:
         margins_P: float32 ``[P]``, of pairs: by how much the better answer is better; None: not said of any.
         desirable_P: bool ``[P]``, of feedback: whether the answer is good.
         mismatched: of feedback: the prompts with the answers of other rows.
+        policy: of the model's own answers: what they teach.
     """
 
     input_ids_T: torch.Tensor
@@ -261,6 +292,7 @@ class Batch:
     margins_P: torch.Tensor | None = None
     desirable_P: torch.Tensor | None = None
     mismatched: Batch | None = None
+    policy: PolicyTargets | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -290,6 +322,7 @@ class Batch:
             margins_P=None if self.margins_P is None else self.margins_P.to(device, non_blocking=True),
             desirable_P=None if self.desirable_P is None else self.desirable_P.to(device, non_blocking=True),
             mismatched=None if self.mismatched is None else self.mismatched.to(device),
+            policy=None if self.policy is None else self.policy.to(device),
         )
 
 

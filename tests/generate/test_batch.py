@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tests.model.test_attention import MODELS, built
 from tunesmith.config.arguments import GeneratingArguments
-from tunesmith.errors import ModelError
 from tunesmith.generate.batch import BatchEngine
-from tunesmith.generate.flow import Request
 from tunesmith.model.forward import FlatForward, segments_work
 
 LENGTHS = (29, 3, 11, 18, 5, 1, 11)

@@ -49,6 +49,16 @@ def answers_of(training: TrainingArguments, policy: PolicyArguments) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * policy.ppo_buffer_size
 
 
+def longest_answer(policy: PolicyArguments, generating: GeneratingArguments, prompt: int = 0) -> int:
+    """Tokens that an answer to a prompt of so many can have."""
+    limits = [policy.response_lengths[1]] if policy.response_lengths else []
+    if generating.max_new_tokens is not None:
+        limits.append(generating.max_new_tokens)
+    elif generating.max_length is not None:
+        limits.append(max(generating.max_length - prompt, 1))
+    return min(limits)
+
+
 def policy_rules(
     stage: str,
     policy: PolicyArguments,
@@ -85,6 +95,8 @@ def policy_rules(
     if generating is not None:
         if not generating.do_sample:
             yield "do_sample", f"stage {stage} learns from sampled answers; remove the key"
+        if generating.max_new_tokens is None and generating.max_length is None and not policy.response_lengths:
+            yield "max_new_tokens", "nothing says how long an answer can be; give it, or max_length"
         if generating.num_beams > 1:
             yield "num_beams", f"stage {stage} learns from sampled answers, not from a search; remove the key"
     if training is not None and training.neftune_noise_alpha is not None:
@@ -137,8 +149,12 @@ def _reward_rules(policy: PolicyArguments, model: ModelArguments | None) -> Iter
             yield key, "has no meaning without reward_model; remove the key"
 
 
-def data_rules(stage: str, data: DataArguments, finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+def data_rules(
+    stage: str, data: DataArguments, finetuning: FinetuningArguments, policy: PolicyArguments
+) -> Iterator[tuple[str, str]]:
     """Yield (key, message) for settings of data and tuning that do not go with rollouts."""
+    if policy.rollout_engine != "local" and finetuning.finetuning_type != "lora":
+        yield "rollout_engine", f"{policy.rollout_engine} is given an adapter before each rollout; set finetuning_type: lora"
     for key in ("packing", "streaming"):
         if getattr(data, key):
             yield key, f"stage {stage} reads prompts, one by one; remove the key"

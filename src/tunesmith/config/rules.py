@@ -117,7 +117,7 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
             yield from _quantisation_rules(model, finetuning)
             if finetuning.stage not in POLICY_STAGES:
                 yield from without_reward(model, f"stage: {finetuning.stage}")
-        yield from _policy_rules(sections, finetuning)
+        yield from _policy_rules(sections, finetuning, data if isinstance(data, DataArguments) else None)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         yield from _optimizer_rules(training)
@@ -129,7 +129,9 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
             yield from _length_rules(data, training, finetuning)
 
 
-def _policy_rules(sections: dict[str, Arguments], finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+def _policy_rules(
+    sections: dict[str, Arguments], finetuning: FinetuningArguments, data: DataArguments | None
+) -> Iterator[tuple[str, str]]:
     policy, generating = sections.get("policy"), sections.get("generating")
     model, training = sections.get("model"), sections.get("training")
     if isinstance(policy, PolicyArguments):
@@ -140,6 +142,8 @@ def _policy_rules(sections: dict[str, Arguments], finetuning: FinetuningArgument
             training if isinstance(training, TrainingArguments) else None,
             generating if isinstance(generating, GeneratingArguments) else None,
         )
+        if data is not None and finetuning.stage in POLICY_STAGES:
+            yield from data_rules(finetuning.stage, data, finetuning, policy)
 
 
 def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> Iterator[tuple[str, str]]:
@@ -293,8 +297,6 @@ def _stage_rules(
     if training is not None and (training.metric_for_best_model == "eval_reward") != (stage in POLICY_STAGES):
         other = "eval_reward" if stage in POLICY_STAGES else "eval_loss"
         yield "metric_for_best_model", f"is {other} in stage {stage}; remove the key"
-    if stage in POLICY_STAGES:
-        yield from data_rules(stage, data, finetuning)
     if stage not in ("rm", "dpo", "kto"):
         return
     if data.packing:

@@ -65,6 +65,16 @@ def _join(examples: Sequence[Example]) -> Batch:
     )
 
 
+def target_rows(batch: Batch) -> torch.Tensor:
+    """The row of each target, int64 ``[S]``.
+
+    Example:
+        ``lengths = (3, 2)``, targets predicted at ``[0, 1, 3]`` -> ``[0, 0, 1]``.
+    """
+    ends_R = torch.tensor(batch.lengths, device=batch.positions_S.device).cumsum(0)
+    return torch.bucketize(batch.positions_S, ends_R, right=True)
+
+
 def collate_ids(rows: Sequence[np.ndarray]) -> Batch:
     """Join rows of token ids, of which nothing is learned, into one flat batch."""
     nothing = torch.empty(0, dtype=torch.long)

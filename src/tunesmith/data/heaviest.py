@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
+import torch
 
-from tunesmith.data.collator import collate
+from tunesmith.data.collator import collate, target_rows
 from tunesmith.data.loader import DataLoader, StreamLoader, lengths_of
 from tunesmith.data.sniff import Target
-from tunesmith.types import IGNORE_INDEX, Batch, Example, FeedbackExample, PairExample, Source
+from tunesmith.types import IGNORE_INDEX, Batch, Example, FeedbackExample, PairExample, PolicyTargets, Source
 
 _READ = 64
 """Micro-batches that are looked at; the others have fewer tokens."""
@@ -108,6 +109,10 @@ def blank_batch(lengths: Sequence[int], targets: int, kind: Target = "conversati
         rows.append(Example(np.zeros(length, np.int32), labels, Source("planned", "planned", 0, 0)))
     if kind == "feedback":
         return collate([FeedbackExample(row, True, row.source, None, (0.0, 0.0)) for row in rows])
+    if kind == "prompt":
+        batch = collate(rows)
+        numbers_S = torch.zeros(batch.num_targets)
+        return replace(batch, policy=PolicyTargets(target_rows(batch), *(numbers_S for _ in range(5))))
     if kind != "pair":
         return collate(rows)
     count = len(rows) // 2

@@ -5,9 +5,9 @@ The order is a function of (seed, epoch), so a position is two numbers; in a str
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,29 @@ from tunesmith.types import Batch, Example
 
 Window = tuple[list[Batch], bool]
 """The micro-batches of one update, and whether an epoch ends with it."""
+
+
+class Loader(Protocol):
+    """What gives the windows of a run."""
+
+    @property
+    def report(self) -> DataReport | None:
+        """What has become of the rows so far; None where they were counted before."""
+
+    @property
+    def rows(self) -> int:
+        """Rows to train on, as far as is known."""
+
+    def onward(self, epoch: int, window: int, place: Mapping[str, Any]) -> Generator[Window]:
+        """Windows without end, from the position where ``epoch`` and ``window`` are done and ``place`` was returned."""
+
+    def place(self) -> dict[str, Any]:
+        """What is to be known of a position beside epoch and window."""
+
+    def passes(self, epoch: int, window: int) -> float:
+        """How often the rows have been passed over."""
+
+
 _MEGABATCH = 50
 
 
@@ -258,11 +281,11 @@ def make_loader(
     return DataLoader(rows, *batch, seed, shuffle, capacity, args.group_by_length)
 
 
-def planned_updates(loader: DataLoader | StreamLoader, args: TrainingArguments) -> int:
+def planned_updates(loader: Loader, args: TrainingArguments) -> int:
     """Updates of the whole run."""
     if args.max_steps >= 0:
         return args.max_steps
-    assert isinstance(loader, DataLoader), "rules ask for max_steps where rows are streamed"
+    assert isinstance(loader, Sized), "rules ask for max_steps where rows are streamed"
     return ceil(args.num_train_epochs * len(loader))
 
 

@@ -170,8 +170,8 @@ class RunningMoments:
 
     @property
     def deviation(self) -> float:
-        """Of a sample; 1 as long as there are not two scores, which divides by nothing."""
-        return float((self.squares / (self.count - 1)) ** 0.5) if self.count > 1 else 1.0
+        """Of a sample; 1 as long as all scores are the same, which says nothing of how they are scaled."""
+        return float((self.squares / (self.count - 1)) ** 0.5) if self.squares > 0 else 1.0
 
     def updated(self, scores_R: torch.Tensor) -> RunningMoments:
         """With further scores, ``[R]``.

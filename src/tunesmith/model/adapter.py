@@ -40,6 +40,11 @@ def set_head(model: torch.nn.Module, head: ValueHead) -> None:
     model.__dict__["_tunesmith_head"] = head
 
 
+def drop_head(model: torch.nn.Module) -> None:
+    """Take the value head off again."""
+    model.__dict__.pop("_tunesmith_head", None)
+
+
 def head_of(model: torch.nn.Module) -> ValueHead | None:
     """What ``set_head`` was given."""
     found: ValueHead | None = model.__dict__.get("_tunesmith_head")

@@ -10,6 +10,8 @@ which is exact, so it fits the first base, in plain PEFT too.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,7 @@ from tunesmith.model.adapter import (
     load_adapter_weights,
     load_trainable_params,
     own_factors,
+    save_trainable,
 )
 from tunesmith.model.files import ADAPTER_CONFIG, CLASSIFIER_HEAD, check_adapter_folder
 from tunesmith.model.into_base import merge_into_base
@@ -281,6 +284,18 @@ def put_beside(tuned: PeftModel, name: str, folder: Path, head: bool = False) ->
         parameter.requires_grad_(id(parameter) in learning)
         if f".{name}." in key:
             parameter.data = parameter.data.float()
+
+
+def copy_beside(tuned: PeftModel, name: str) -> None:
+    """Put a frozen copy of the adapter that is trained, as it is now, beside it. Raises ModelError as ``put_beside``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_trainable(tuned, folder)
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if "init_lora_weights" in settings:  # how it began is no matter any more
+            settings["init_lora_weights"] = True
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+        put_beside(tuned, name, folder)
 
 
 def joins(config: LoraConfig) -> bool:

@@ -40,12 +40,15 @@ class Panel(NamedTuple):
 
 
 def panels(entries: Sequence[dict[str, Any]]) -> list[Panel]:
-    """What a log has to show: the loss, and below it accuracy, margin of rewards and divergence where they are logged.
+    """What a log has to show: the loss, and below it what else is logged of accuracy, rewards, divergence and policies.
 
-    Losses of language modelling are per token; those of reward models and preferences are means over pairs or answers.
+    Losses of language modelling are per token; those of reward models and preferences are means over pairs or answers, those of
+    policies are no measure of anything but their gradient.
     """
     compared = any(key.startswith(("rewards/", "eval_rewards/")) for entry in entries for key in entry)
-    found = [_panel(entries, "loss", "loss (mean of rows)" if compared else "loss (nats per token)")]
+    learns_by_itself = any("reward" in entry for entry in entries)
+    label = "loss (surrogate)" if learns_by_itself else "loss (mean of rows)" if compared else "loss (nats per token)"
+    found = [_panel(entries, "loss", label)]
     for label, keys in _BELOW.items():
         found += [panel for key in keys if any((panel := _panel(entries, key, label))[1:])]
     return found
@@ -54,8 +57,15 @@ def panels(entries: Sequence[dict[str, Any]]) -> list[Panel]:
 _BELOW = {
     "accuracy": ("accuracy", "rewards/accuracies"),
     "margin of rewards": ("rewards/margins",),
+    "reward": ("reward",),
     "divergence (nats)": ("kl",),
+    "entropy (nats)": ("entropy",),
+    "response length": ("response_length",),
+    "share of clipped tokens": ("clip_share",),
+    "value loss": ("value_loss",),
+    "explained variance": ("explained_variance",),
 }
+"""Label -> keys of the log, in the order in which they are drawn."""
 
 
 def _panel(entries: Sequence[dict[str, Any]], key: str, label: str) -> Panel:

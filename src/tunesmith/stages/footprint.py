@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tunesmith.config.arguments import RunConfig
+from tunesmith.config.policy import POLICY_STAGES
 from tunesmith.data.heaviest import blank_batch
 from tunesmith.data.learned import Learned
 from tunesmith.data.memory import RowsInMemory
@@ -39,6 +40,7 @@ from tunesmith.model.source import locate
 from tunesmith.model.targets import decoder_layers
 from tunesmith.model.tuning import adapted, init_adapter
 from tunesmith.sampled import ends_only
+from tunesmith.stages.policy import PolicyIngredients
 from tunesmith.train.optim.averaged import use_training_point
 from tunesmith.train.progress import SilentReporter
 from tunesmith.train.step import ComputeLoss
@@ -187,7 +189,7 @@ def _tuned(config: RunConfig, model: PreTrainedModel) -> torch.nn.Module:
         tuned = init_adapter(model, tuning.model_copy(update={"pissa_init": False}), "")
     if config.training.gradient_checkpointing is True:
         recompute_activations(tuned)
-    if config.finetuning.stage == "rm":
+    if config.finetuning.stage in ("rm", "ppo"):
         set_head(tuned, ValueHead(head_width(model)))
     return tuned
 
@@ -230,7 +232,7 @@ def _ingredients(config: RunConfig, model: torch.nn.Module, flat: bool, device: 
     shares, dtype = flat and config.finetuning.share_prompts, resolve_dtype(config.compute_dtype, device)
     forward = FlatForward(model, flat, config.training.neftune_noise_alpha, shares)
     install_lora_kernel(forward, dtype)
-    return Ingredients(
+    given = Ingredients(
         forward=forward,
         tokenizer=None,  # nothing is saved
         train_examples=RowsInMemory([row]),
@@ -243,6 +245,9 @@ def _ingredients(config: RunConfig, model: torch.nn.Module, flat: bool, device: 
         attention="",
         output=Output() if adds_nothing(model) else None,
     )
+    if config.finetuning.stage not in POLICY_STAGES:
+        return given
+    return PolicyIngredients(**vars(given), policy=config.policy, generating=config.generating)
 
 
 def _in_phases(live: LiveBytes, trainer: PeftTrainer) -> ComputeLoss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tunesmith.data.collator import target_rows
 from tunesmith.types import Batch
 
 
@@ -24,9 +25,7 @@ def answer_logps(batch: Batch, logp_S: torch.Tensor, ld_alpha: float | None = No
     Example:
         Answers of 1 and 2 tokens, ``logp = [-1 | -2, -3]``, ``ld_alpha = 0.5`` -> sums ``[-1, -3.5]``, tokens ``[1, 2]``.
     """
-    rows = len(batch.lengths)
-    ends_R = torch.tensor(batch.lengths, device=logp_S.device).cumsum(0)
-    row_S = torch.bucketize(batch.positions_S, ends_R, right=True)
+    rows, row_S = len(batch.lengths), target_rows(batch)
     tokens_R = torch.zeros(rows, device=logp_S.device).index_add(0, row_S, torch.ones_like(logp_S))
     if ld_alpha is not None:
         shorter_P = torch.minimum(*tokens_R.chunk(2))

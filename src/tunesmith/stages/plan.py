@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from tunesmith.config.arguments import RunConfig
+from tunesmith.config.policy import POLICY_STAGES, longest_answer
 from tunesmith.data.heaviest import Cost, blank_batch, heaviest
 from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import make_loader, planned_updates
@@ -247,6 +248,8 @@ def _available(device: torch.device) -> int | None:
 def heaviest_batch(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream) -> Batch:
     """The micro-batch of the run that needs most memory."""
     data = config.data
+    if config.finetuning.stage in POLICY_STAGES:
+        return _longest_answers(config, rows)
     capacity = data.cutoff_len if data.packing else None
     loader = make_loader(rows, config.training, data_seed(config), not data.disable_shuffling, capacity)
     text = _settings(config)
@@ -257,6 +260,15 @@ def heaviest_batch(config: RunConfig, rows: Examples | Rows[Any] | ExampleStream
         refuse_impossible(config, data.cutoff_len)
     batch = heaviest(loader, planned_updates(loader, config.training), cost, data.cutoff_len)
     return replace(batch, reference_2P=torch.zeros(2, round(batch.total_weight))) if isinstance(rows, Rows) else batch
+
+
+def _longest_answers(config: RunConfig, rows: Any) -> Batch:
+    """Answers as long as they can be to the longest prompts; each to a prompt of its own, as if nothing were shared."""
+    size = config.training.per_device_train_batch_size
+    prompts = sorted(rows.lengths.tolist())[-size:]
+    answers = [longest_answer(config.policy, config.generating, length) for length in prompts]
+    lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    return blank_batch(lengths, sum(answers), "prompt")
 
 
 def refuse_impossible(config: RunConfig, longest: int) -> None:

@@ -96,7 +96,7 @@ def referenced(config: RunConfig, given: Ingredients, line: Line) -> Ingredients
     loader = make_loader(train, training, data_seed(config), given.shuffle, None)
     assert isinstance(loader, DataLoader)
     size = training.per_device_train_batch_size
-    reference = Reference(cache(partial(_answering, config, given)), _facts(config, given, line), tuning.ld_alpha, size)
+    reference = Reference(cache(partial(reference_model, config, given)), _facts(config, given, line), tuning.ld_alpha, size)
     needed = visited(loader, planned_updates(loader, training))
     known = with_reference(train, needed, reference, given.reporter)
     if isinstance(held_out, Rows):
@@ -126,7 +126,7 @@ def _mismatched(config: RunConfig, rows: Any) -> Any:
     return MismatchedFeedback(rows, data_seed(config), config.data.cutoff_len)
 
 
-def _answering(config: RunConfig, given: Ingredients) -> Ingredients:
+def reference_model(config: RunConfig, given: Ingredients) -> Ingredients:
     """The model as it is, or the one that is named, for as long as it is asked."""
     name = config.finetuning.ref_model
     if name is None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import dump_yaml, load_config
-from tunesmith.data.kinds import KINDS, PAIR, Rows
+from tunesmith.config.policy import POLICY_STAGES
+from tunesmith.data.kinds import KINDS, PAIR, PROMPT, Rows
 from tunesmith.data.named import use_template
 from tunesmith.data.prepare import load_examples, target_of
 from tunesmith.data.prepare import load_rows as load_kind
@@ -23,7 +24,7 @@ from tunesmith.data.streaming import ExampleStream, load_stream
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
 from tunesmith.errors import ConfigError
-from tunesmith.model.adapter import count_parameters, recompute_activations, save_finished, set_head, stop_at
+from tunesmith.model.adapter import count_parameters, drop_head, recompute_activations, save_finished, set_head, stop_at
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.heads import head_width, starting_head
 from tunesmith.model.library import quiet_library
@@ -40,10 +41,13 @@ from tunesmith.model.trial import small_logits, try_adapter
 from tunesmith.model.tuning import init_adapter
 from tunesmith.model.vocabulary import trainable_rows
 from tunesmith.process import described
+from tunesmith.stages.actors import with_actors
 from tunesmith.stages.dpo import PreferencePeftTrainer
+from tunesmith.stages.grpo import GRPOPeftTrainer
 from tunesmith.stages.kernels import fuse_layers
 from tunesmith.stages.kto import FeedbackPeftTrainer, balanced
 from tunesmith.stages.plan import decide
+from tunesmith.stages.ppo import PPOPeftTrainer
 from tunesmith.stages.pretrain import PretrainPeftTrainer
 from tunesmith.stages.reference import check_reference, referenced
 from tunesmith.stages.rm import PairwisePeftTrainer
@@ -61,6 +65,8 @@ TRAINERS: dict[str, type[PeftTrainer]] = {
     "rm": PairwisePeftTrainer,
     "dpo": PreferencePeftTrainer,
     "kto": FeedbackPeftTrainer,
+    "ppo": PPOPeftTrainer,
+    "grpo": GRPOPeftTrainer,
 }
 """Stage -> trainer."""
 
@@ -129,6 +135,8 @@ def build_trainer(config: RunConfig, reporter: Reporter) -> tuple[PeftTrainer, D
     )
     if config.finetuning.stage in ("dpo", "kto"):
         given = referenced(config, given, line)
+    if config.finetuning.stage in POLICY_STAGES:
+        given = with_actors(config, given, line)
     return trainer(config.training, given), report
 
 
@@ -186,7 +194,8 @@ def _model(
     base = load_base_model(args, torch.float32 if full else dtype, device, tokenizer)
     attention = base.config._attn_implementation
     segments = prepare_flat(base, args)
-    shares = target_of(config) == PAIR.name and config.finetuning.share_prompts and prepare_sharing(base, segments)
+    begins_alike = target_of(config) in (PAIR.name, PROMPT.name)
+    shares = begins_alike and config.finetuning.share_prompts and prepare_sharing(base, segments)
     rows = trainable_rows(base, added_token_ids(args, tokenizer))
     fresh = is_quantised(base) and not line.adapters and config.finetuning.finetuning_type == "peft"
     base_logits = small_logits(FlatForward(base, segments), dtype) if fresh else None
@@ -266,8 +275,10 @@ def with_date(config: RunConfig, resumed: Path | None) -> RunConfig:
 def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
     state, given = trainer.state, trainer.given
     existing = files_in(folder)
-    if config.finetuning.stage in ("sft", "dpo", "kto"):
+    if config.finetuning.stage != "pt" and config.finetuning.stage != "rm":
         stop_at(trainer.model, ChatTemplate(given.tokenizer, config.data.template_date).end_ids)
+    if config.finetuning.stage == "ppo":
+        drop_head(trainer.model)  # what answers are expected to be worth is of use in training alone
     save_finished(trainer.model, folder)
     given.tokenizer.save_pretrained(folder)
     given.finetuning.save_to_json(folder / FINETUNING_ARGS)
@@ -279,7 +290,7 @@ def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
             "epochs": trainer.loader.passes(state.epoch, state.window),
             "train_rows": trainer.loader.rows,
             "eval_rows": len(given.eval_examples) if given.eval_examples is not None else 0,
-            "best_eval_loss": state.best_metric,
+            f"best_{config.training.metric_for_best_model}": state.best_metric,
             "best_step": state.best_step,
             "loaded_best": config.training.load_best_model_at_end,
             "seconds": state.elapsed,

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.losses.cross_entropy import token_nll
-from tunesmith.losses.token_logprobs import score_tokens, token_logprobs, token_logprobs_through
+from tunesmith.losses.cross_entropy import entropy_of_logps, token_nll
+from tunesmith.losses.token_logprobs import (
+    score_tokens,
+    token_logprobs,
+    token_logprobs_and_entropy,
+    token_logprobs_and_entropy_through,
+    token_logprobs_through,
+)
+from tunesmith.model.heads import ValueHead
 from tunesmith.model.output import head_matrix, output_head
 from tunesmith.model.precision import autocast
 from tunesmith.train.trainer import Ingredients
@@ -29,6 +36,40 @@ def batch_logprobs(given: Ingredients, batch: Batch) -> torch.Tensor:
             weight_VH, bias_V = matrix
             return token_logprobs(hidden_SH, weight_VH, batch.targets_S, bias_V, output.scale, output.softcap)
         return token_logprobs_through(head, _vocabulary(given), hidden_SH, batch.targets_S, output.scale, output.softcap)
+
+
+def batch_logprobs_and_entropy(
+    given: Ingredients, batch: Batch, temperature: float = 1.0, entropy_grad: bool = False, head: ValueHead | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of each target, its log-probability, the entropy of what could stand in its place, and its value: float32 ``[S]`` each.
+
+    One forward pass, unless the losses of a model are computed from its logits and values are asked for.
+
+    Args:
+        given: the model.
+        batch: with targets.
+        temperature: that logits are divided by.
+        entropy_grad: whether entropies have gradients.
+        head: reads the values; None: no values.
+    """
+    forward, output = given.forward, given.output
+    with autocast(given.device, given.compute_dtype):
+        hidden_SH = forward.hidden(batch, batch.positions_S) if output is not None or head is not None else None
+        values_S = None if head is None or hidden_SH is None else head(hidden_SH)
+        if output is None or hidden_SH is None:
+            all_SV = torch.log_softmax(forward.logits(batch).float() / temperature, dim=-1)
+            entropy_S = entropy_of_logps(all_SV if entropy_grad else all_SV.detach())
+            return all_SV.gather(1, batch.targets_S[:, None])[:, 0], entropy_S, values_S
+        matrix = head_matrix(lm_head := output_head(forward.model))
+        scale, softcap = output.scale / temperature, None if output.softcap is None else output.softcap / temperature
+        if matrix is not None:
+            weight_VH, bias_V = matrix
+            found = token_logprobs_and_entropy(hidden_SH, weight_VH, batch.targets_S, bias_V, scale, softcap, entropy_grad)
+        else:
+            found = token_logprobs_and_entropy_through(
+                lm_head, _vocabulary(given), hidden_SH, batch.targets_S, scale, softcap, entropy_grad
+            )
+    return *found, values_S
 
 
 @torch.no_grad()

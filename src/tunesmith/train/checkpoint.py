@@ -40,7 +40,7 @@ class TrainerState:
         window: windows of that epoch already done.
         data: what else the loader needs to go on there (see its ``place``).
         total_steps: planned updates.
-        best_metric: lowest evaluation loss so far.
+        best_metric: the best evaluation so far, by ``metric_for_best_model``.
         best_step: the step at which it was seen.
         loss_sum, loss_count: losses since the last log line.
         metrics: name -> (sum, count) of what the stage measures besides, since then.
@@ -238,11 +238,16 @@ def load_state(
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint. Raises CheckpointError when there is none."""
+    return read_json(folder / STATE)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote into a checkpoint. Raises CheckpointError when it cannot be read."""
     try:
-        value: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return value
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -35,8 +35,9 @@ def format_entry(entry: dict[str, Any]) -> str:
     parts = []
     if "loss" in entry:
         parts.append(f"loss {entry['loss']:.4f}")
-    if "eval_loss" in entry:
-        parts.append(f"eval_loss {entry['eval_loss']:.4f}")
+    for key in ("reward", "eval_loss", "eval_reward"):
+        if key in entry:
+            parts.append(f"{key} {entry[key]:.4f}")
     if "learning_rate" in entry:
         parts.append(f"lr {entry['learning_rate']:.2e}")
     if "tokens_per_second" in entry:
@@ -102,13 +103,13 @@ class ConsoleReporter:
         """Advance the bar, or print a line if the last one is old enough or says something rare."""
         step, text = entry["current_steps"], format_entry(entry)
         if self._progress is not None:
-            if "eval_loss" in entry:
+            if _evaluated(entry):
                 self.note(f"step {step}/{self._total}  {text}")
             else:
                 self._progress.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
-        if "eval_loss" in entry or step == self._total or now - self._last_line >= _PLAIN_INTERVAL:
+        if _evaluated(entry) or step == self._total or now - self._last_line >= _PLAIN_INTERVAL:
             self._last_line = now
             self.note(f"step {step}/{self._total}  {text}")
 
@@ -117,6 +118,10 @@ class ConsoleReporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _evaluated(entry: dict[str, Any]) -> bool:
+    return "eval_loss" in entry or "eval_reward" in entry
 
 
 def _can_draw() -> bool:

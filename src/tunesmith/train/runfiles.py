@@ -15,6 +15,8 @@ SAMPLES = "samples.jsonl"
 DATA_REPORT = "data_report.json"
 FINETUNING_ARGS = "finetuning_args.json"
 LOSS_PLOT = "training_loss.png"
+ANSWERS = "eval_answers.jsonl"
+"""Answers to the evaluation prompts with their rewards, one line each, of the newest evaluation of a policy."""
 
 
 def is_finished(run: Path) -> bool:

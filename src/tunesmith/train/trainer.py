@@ -22,10 +22,10 @@ from tunesmith.config.optimizers import read_options
 from tunesmith.config.rules import FREE_ON_RESUME, evaluates
 from tunesmith.data.collator import collate
 from tunesmith.data.kinds import Rows
-from tunesmith.data.loader import StreamLoader, Window, make_loader, planned_updates
+from tunesmith.data.loader import Loader, StreamLoader, Window, make_loader, planned_updates
 from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream
-from tunesmith.errors import CheckpointError, DataError, Interrupted
+from tunesmith.errors import CheckpointError, DataError, Interrupted, ModelError
 from tunesmith.model.adapter import load_trainable, save_trainable, trainable_parameters
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.memory import out_of_memory_explained
@@ -100,7 +100,7 @@ class PeftTrainer:
         self.given = given
         self.model = given.forward.model
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.loader = make_loader(given.train_examples, args, seed, given.shuffle, given.capacity)
+        self.loader = self.build_loader(seed)
         total = planned_updates(self.loader, args)
         self.state = TrainerState(total_steps=total, inputs=self._inputs(seed))
         self.optimizer = build_optimizer(args, given.finetuning, self.model, trainable_parameters(self.model))
@@ -126,6 +126,17 @@ class PeftTrainer:
         }
 
     # ---- what stages override
+
+    def build_loader(self, seed: int) -> Loader:
+        """What gives the windows of the run."""
+        given = self.given
+        return make_loader(given.train_examples, self.args, seed, given.shuffle, given.capacity)
+
+    def save_more(self, folder: Path) -> None:
+        """Write into a checkpoint what else the stage needs to go on."""
+
+    def load_more(self, folder: Path) -> None:
+        """Read what ``save_more`` wrote."""
 
     def compute_loss(self, batch: Batch) -> LossOutput:
         """Forward pass of one micro-batch: summed loss and its count."""
@@ -208,13 +219,13 @@ class PeftTrainer:
                 self._after_step(log)
 
     def _next(self, windows: Iterator[Window]) -> Window:
-        """The next window; if a stream breaks off, what has been learned is saved."""
+        """The next window; if what makes it breaks off (a stream, a reward function), what has been learned is saved."""
         try:
             return next(windows)
-        except DataError:
+        except (DataError, ModelError):
             if self.state.step and not checkpoint_path(self.given.run, self.state.step).is_dir():
                 folder = self.save_checkpoint()
-                self.given.reporter.note(f"the stream broke off after update {self.state.step}; {folder} was written")
+                self.given.reporter.note(f"the run broke off after update {self.state.step}; {folder} was written")
             raise
 
     def training_step(self, window: Sequence[Batch]) -> StepResult:
@@ -291,10 +302,11 @@ class PeftTrainer:
         with averaged(self.optimizer):
             metrics = self.evaluate()
         self._write(log, metrics)
-        loss = metrics["eval_loss"]
-        improved = self.state.step > 0 and (self.state.best_metric is None or loss < self.state.best_metric)
+        found, best = metrics[self.args.metric_for_best_model], self.state.best_metric
+        higher = self.args.metric_for_best_model == "eval_reward"
+        improved = self.state.step > 0 and (best is None or (found > best if higher else found < best))
         if improved:
-            self.state.best_metric, self.state.best_step = loss, self.state.step
+            self.state.best_metric, self.state.best_step = found, self.state.step
         return improved
 
     # ---- logging
@@ -340,6 +352,7 @@ class PeftTrainer:
         def fill(scratch: Path) -> None:
             save_trainable(self.model, scratch)
             save_state(scratch, self.state, self.optimizer, self.schedule, self.scaler)
+            self.save_more(scratch)
             self.given.tokenizer.save_pretrained(scratch)
             self.given.finetuning.save_to_json(scratch / FINETUNING_ARGS)
 
@@ -366,6 +379,7 @@ class PeftTrainer:
         total = self.state.total_steps
         load_trainable(self.model, folder)
         self.state = load_state(folder, self.optimizer, self.schedule, self.scaler)
+        self.load_more(folder)
         self.state.total_steps = total
         if self.state.step >= total:
             done = f"{self.state.step}/{total} updates"

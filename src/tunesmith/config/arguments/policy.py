@@ -41,7 +41,11 @@ class PolicyArguments(Arguments):
     )
     reward_weight: float = Field(1.0, gt=0, description="Weight of reward_model's score beside reward_functions.")
     reward_clip: float | None = Field(None, gt=0, description="Rewards are kept between minus this and this.")
-    score_norm: bool = Field(False, description="ppo: divide rewards by their running standard deviation (before reward_clip).")
+    score_norm: bool = Field(
+        True,
+        description="ppo: divide rewards by their running standard deviation (before reward_clip), so that kl_coef and the "
+        "value loss mean the same whatever rewards are made of.",
+    )
     missing_eos_penalty: float = Field(0.0, ge=0, description="Taken off the reward of an answer that did not end.")
     kl_coef: float | None = Field(
         None, ge=0, description="Weight of the divergence from the reference; 0.05 in stage ppo, 0 in stage grpo if unset."
