@@ -217,10 +217,10 @@ class PolicyPeftTrainer(PeftTrainer):
         return folder
 
     def _adjusted(self, total_A: torch.Tensor, answered: Sequence[Answered]) -> torch.Tensor:
-        """Step 2: what an answer did not end costs; then normalised and bounded."""
+        """Step 2: what it costs that an answer did not end; then normalised, in stage ppo, and bounded."""
         ended_A = torch.tensor([answer.ended for answer in answered])
         scores_A = total_A - self.policy.missing_eos_penalty * (~ended_A).float()
-        if self.policy.score_norm:
+        if self.needs_values and self.policy.score_norm:  # groups are scaled among themselves
             self.moments = self.moments.updated(scores_A)
             scores_A = self.moments.normalised(scores_A, shift_mean=False)
         return scores_A if self.policy.reward_clip is None else clip_scores(scores_A, self.policy.reward_clip)
