@@ -199,6 +199,25 @@ def test_gradients_of_entropies_are_the_derivatives(trained: bool, entropy_grad:
     assert torch.autograd.gradcheck(differentiable, inputs)
 
 
+@pytest.mark.parametrize("head", ["frozen", "trained", "called"])
+def test_a_token_that_is_ruled_out_has_no_part_in_the_entropy(head: str) -> None:
+    hidden, weight, bias, targets, _ = made()
+    targets.clamp_(max=48)
+    bias[49] = -torch.inf
+    hidden.requires_grad_(True)
+    weight.requires_grad_(head == "trained")
+    if head == "called":
+        _, entropy = token_logprobs_and_entropy_through(
+            lambda h: functional.linear(h, weight, bias), 50, hidden, targets, entropy_grad=True
+        )
+    else:
+        _, entropy = token_logprobs_and_entropy(hidden, weight, targets, bias, entropy_grad=True)
+    (found,) = torch.autograd.grad(entropy.sum(), hidden)
+    _, expected = token_logprobs_and_entropy(hidden, weight[:49], targets, bias[:49], entropy_grad=True)
+    torch.testing.assert_close(entropy, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_entropy_in_half_precision(dtype: torch.dtype) -> None:
     hidden, weight, _, targets, _ = made()

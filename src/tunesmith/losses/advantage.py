@@ -85,7 +85,7 @@ def group_advantages(
 
     ``score - mean`` of the group, divided by the group's standard deviation: GRPO (arXiv 2402.03300, section 4.1.2); by that of
     all scores: ``batch``; by nothing: Dr. GRPO (arXiv 2503.20783). ``leave_one_out`` takes the mean of the others, as RLOO does
-    (arXiv 2402.14740, section 2), which is ``n / (n - 1)`` times as much. Deviations are of samples (``n - 1``), plus 1e-4.
+    (arXiv 2402.14740), which is ``n / (n - 1)`` times as much. Deviations are of samples (``n - 1``), plus 1e-4.
 
     Args:
         scores_R: ``[R]``.

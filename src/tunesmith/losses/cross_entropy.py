@@ -27,7 +27,7 @@ def entropy_of_logps(all_SV: torch.Tensor) -> torch.Tensor:
     """``-sum p log p``, in nats.
 
     Args:
-        all_SV: log-probabilities of a whole vocabulary, ``[S, V]``, in float32 or wider.
+        all_SV: log-probabilities of a whole vocabulary, ``[S, V]``, in float32 or wider; those of 0 may be infinite.
 
     Returns:
         float ``[S]``, not negative.
@@ -35,4 +35,4 @@ def entropy_of_logps(all_SV: torch.Tensor) -> torch.Tensor:
     Example:
         ``log [1/4, 3/4]``: ``0.25 * 1.3863 + 0.75 * 0.2877 = 0.5623``.
     """
-    return -torch.linalg.vecdot(all_SV.exp(), all_SV)
+    return -torch.linalg.vecdot(all_SV.exp(), all_SV.clamp(min=torch.finfo(all_SV.dtype).min))

@@ -162,7 +162,7 @@ def clipped_policy_loss(
         low: how far below 1 a ratio counts.
         high: how far above 1.
         level: of the ratio.
-        dual: of a negative advantage no loss is above ``-dual A`` (arXiv 1912.09729, eq. 5), ``dual > 1``; None: unbounded.
+        dual: of a negative advantage no loss is above ``-dual A`` (arXiv 1912.09729), ``dual > 1``; None: unbounded.
 
     Returns:
         float ``[S]``, unreduced; gradients go to ``logp_S`` alone.
@@ -231,7 +231,7 @@ def token_weights(
     - ``token_mean``: every token counts the same: DAPO (arXiv 2503.14476, eq. 8);
     - ``sequence_mean``: every answer counts the same: GRPO (arXiv 2402.03300, eq. 3);
     - ``constant``: a token counts ``1 / constant``, say the longest answer allowed, whatever the length of its answer: Dr. GRPO
-      (arXiv 2503.20783, section 3.2).
+      (arXiv 2503.20783).
 
     Args:
         row_S: int64 ``[S]``, answer of each token.

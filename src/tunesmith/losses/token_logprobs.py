@@ -261,7 +261,8 @@ def _plus_one_at(values_KV: torch.Tensor, targets_K1: torch.Tensor) -> torch.Ten
 
 def _entropy_slope(all_KV: torch.Tensor, entropy_K: torch.Tensor) -> torch.Tensor:
     """Derivative of the entropy in the shaped logits, ``-p (log p + H)``."""
-    return all_KV.exp().mul_(all_KV + entropy_K[:, None]).neg_()
+    away_KV = (all_KV + entropy_K[:, None]).clamp_(min=torch.finfo(all_KV.dtype).min)  # a token of probability 0 is no NaN
+    return away_KV.mul_(all_KV.exp()).neg_()
 
 
 def _gather_product(sum_VH: torch.Tensor, left_CV: torch.Tensor, right_CH: torch.Tensor, begin: bool) -> None:
