@@ -227,7 +227,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     class SamplingParams:
         def __init__(
-            self, n: int = 1, *, repetition_penalty: float, temperature: float, top_p: float, top_k: int, min_p: float, seed: int,
+            self, n: int = 1, *, presence_penalty: float, frequency_penalty: float, repetition_penalty: float, temperature: float, top_p: float, top_k: int, min_p: float, seed: int,
             stop_token_ids: list[int], max_tokens: int, detokenize: bool,
         ) -> None:  # fmt: skip
             self.__dict__.update({name: value for name, value in locals().items() if name != "self"})

@@ -112,8 +112,10 @@ def test_what_cannot_be_compared_is_told_before_the_run(
 
 
 def test_a_total_that_is_no_number_ends_the_run(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("def big(prompts, responses):\n    return [1.0, 3e38]\n", encoding="utf-8")
-    config = configured(tmp_path, tiny_model, reward_functions={f"{tmp_path / 'own.py'}:big": 10})
+    body = "def big(prompts, responses):\n    return [1.0, 3e38]\ndef none(prompts, responses):\n    return [0, 0]\n"
+    (own := tmp_path / "own.py").write_text(body, encoding="utf-8")
+    config = configured(tmp_path, tiny_model, reward_functions=f"{own}:none, {own}:big: 10")
+    assert config.policy.reward_functions == {f"{own}:none": 1.0, f"{own}:big": 10.0}
     rewards = load_rewards(config, nothing(tiny_model), tokenizer)
     with pytest.raises(ModelError, match=r"the reward of rows\.jsonl:2 \(row 2\) is inf"):
         rewards(answered(tokenizer, ("a", "b", "", True), ("a", "c", "", True)))

@@ -300,6 +300,8 @@ def _asked(
         "top_k": (args.top_k or -1) if args.do_sample else -1,
         "min_p": 0.0,
         "repetition_penalty": args.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "n": samples if args.do_sample else 1,
     }
     asked: Asked = []

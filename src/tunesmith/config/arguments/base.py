@@ -23,14 +23,20 @@ NameList = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
 
 def weighted(value: Any) -> Any:
-    """``sigmoid`` or ``sigmoid: 1, sft: 0.2`` -> name -> weight."""
+    """``sigmoid``, ``sigmoid: 1, sft: 0.2`` or ``path/to/file.py:name: 1`` -> name -> weight."""
     if not isinstance(value, str):
         return value
-    parts = [part.partition(":") for part in value.split(",") if part.strip()]
-    weights = {name.strip(): weight.strip() if colon else 1.0 for name, colon, weight in parts}
-    if len(weights) < len(parts):
-        raise ValueError("names a loss twice; give each once, with its weight")
-    return weights
+    parts = [_weighted(part) for part in value.split(",") if part.strip()]
+    if len(dict(parts)) < len(parts):
+        raise ValueError("has a name twice; give each once, with its weight")
+    return dict(parts)
+
+
+def _weighted(part: str) -> tuple[str, str | float]:
+    name, colon, weight = part.strip().rpartition(":")
+    if not colon or name.endswith(".py"):
+        return part.strip(), 1.0
+    return name.strip(), weight.strip()
 
 
 class Arguments(BaseModel):
