@@ -16,7 +16,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import GeneratingArguments
-from tunesmith.errors import ModelError
+from tunesmith.config.load import load_config
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.generate.remote import OpenAIEngine, VllmEngine
 from tunesmith.model.tokenizer import read_tokenizer
 
@@ -33,7 +34,7 @@ def says(prompt: list[int], seed: int, index: int, most: int) -> tuple[list[int]
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"r": 8, "rank_pattern": {"x": 12}}))
     return tmp_path / "adapter"
 
 
@@ -155,9 +156,13 @@ def test_a_server_that_takes_no_adapter_ends_the_run(
     made = engine(server, tokenizer)
     made.sync(adapter, 1)
     server[1].refuses = {"load_lora_adapter": status}
-    words = rf"status {status} .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora --max-lora-rank N"
+    words = rf"status {status} .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora --max-lora-rank 16"
     with pytest.raises(ModelError, match=words):
         made.sync(adapter, 2)
+    above = {"needs": [{"folder": "runs/sft", "sha256": "0"}], "contains": []}  # as checkpoints are, not finished runs
+    (adapter / "origin.json").write_text(json.dumps(above))
+    with pytest.raises(ModelError, match="was trained on top of runs/sft and fits no base without"):
+        made.sync(adapter, 3)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match=r"holds no adapter \(adapter_config\.json\); set finetuning_type: lora"):
         made.sync(adapter, 3)
@@ -280,11 +285,31 @@ def test_vllm_answers_as_a_server_does(
         request = vllm["generated"][-1][2]
         assert (request.lora_name, request.lora_int_id, request.lora_path) == (f"tunesmith-{version}", version, str(adapter))
     assert made.statistics.tokens == remote.statistics.tokens > 0
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 24}))
+    with pytest.raises(ModelError, match=r"was started for adapters of rank 16, and .* has 24"):
+        made.sync(adapter, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"finetuning_type": "full"}, "rollout_engine: vllm is given an adapter before each rollout; set finetuning_type: lora"),
+        ({"use_dora": True}, "use_dora: vLLM takes plain LoRA only"),
+        ({"quantization_bit": 4}, "rollout_engine: vllm runs the base as it is, and here it is quantised"),
+        ({"rollout_engine": "api"}, "rollout_url: belongs to rollout_engine: api"),
+    ],
+)
+def test_policies_that_cannot_be_handed_over(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    given = {"model_name_or_path": "m", "stage": "grpo", "dataset": "rows", "output_dir": "x", "reward_functions": "format",
+             "per_device_train_batch_size": 8, "rollout_engine": "vllm", **values}  # fmt: skip
+    (tmp_path / "c.yaml").write_text(json.dumps(given))
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_vllm_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModelError, match=r"needs the package vllm .*pip install 'tunesmith\[vllm\]'"):
         VllmEngine("base", [END], rank=8)
-    with pytest.raises(ModelError, match="adapters of rank 512 at most, and lora_rank is 1024"):
+    with pytest.raises(ModelError, match="adapters of rank 512 at most, and the policy's has 1024"):
         VllmEngine("base", [END], rank=1024)

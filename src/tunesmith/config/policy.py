@@ -149,6 +149,26 @@ def _reward_rules(policy: PolicyArguments, model: ModelArguments | None) -> Iter
             yield key, "has no meaning without reward_model; remove the key"
 
 
+def engine_rules(
+    policy: PolicyArguments, model: ModelArguments | None, finetuning: FinetuningArguments
+) -> Iterator[tuple[str, str]]:
+    """Yield (key, message) for what cannot be handed to another engine: it takes an adapter for the base as it is."""
+    engine = policy.rollout_engine
+    if engine == "local":
+        return
+    for key in ("use_dora", "additional_target"):
+        if getattr(finetuning, key):
+            yield (
+                key,
+                f"vLLM takes plain LoRA only, and rollout_engine is {engine}; remove the key, or set rollout_engine: local",
+            )
+    if engine == "vllm" and model is not None and model.quantization_bit is not None:
+        yield (
+            "rollout_engine",
+            "vllm runs the base as it is, and here it is quantised, which is another policy; set it to local",
+        )
+
+
 def data_rules(
     stage: str, data: DataArguments, finetuning: FinetuningArguments, policy: PolicyArguments
 ) -> Iterator[tuple[str, str]]:

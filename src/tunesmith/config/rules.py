@@ -15,7 +15,7 @@ from tunesmith.config.arguments import (
     TrainingArguments,
 )
 from tunesmith.config.optimizers import OPTIMIZERS, missing_library, read_options, unheeded
-from tunesmith.config.policy import POLICY_STAGES, data_rules, policy_rules
+from tunesmith.config.policy import POLICY_STAGES, data_rules, engine_rules, policy_rules
 from tunesmith.config.preferences import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, SMOOTHED_LOSSES
 from tunesmith.config.reward import REWARD_KEYS
 
@@ -144,6 +144,8 @@ def _policy_rules(
         )
         if data is not None and finetuning.stage in POLICY_STAGES:
             yield from data_rules(finetuning.stage, data, finetuning, policy)
+        if finetuning.stage in POLICY_STAGES:
+            yield from engine_rules(policy, model if isinstance(model, ModelArguments) else None, finetuning)
 
 
 def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,8 @@ from tunesmith.errors import ModelError
 from tunesmith.generate.batch import Answer, Statistics
 from tunesmith.generate.room import room_for
 from tunesmith.model.endpoint import Endpoint, RefusedError
-from tunesmith.model.files import ADAPTER_CONFIG
+from tunesmith.model.files import ADAPTER_CONFIG, read_json
+from tunesmith.model.origin import check_alone
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,6 @@ _AT_ONCE = 64
 """Requests under way; the server batches them."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as its highest rank."""
-_START = (
-    "start the server on the same base model with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora --max-lora-rank "
-    "N (N at least lora_rank), where it can read this folder"
-)
 
 Tokens = np.ndarray | Sequence[int]
 
@@ -87,19 +84,24 @@ class OpenAIEngine:
         """Answer from now on with the adapter in a folder, under a name of its own; the one before is taken away.
 
         Args:
-            folder: with the adapter as PEFT saves it; the server reads it there.
+            folder: with all of the policy that is not the base, as ``save_finished`` writes it; the server reads it there.
             version: of the policy; another one at each call.
 
         Raises:
-            ModelError: there is no adapter, or the server does not take it.
+            ModelError: there is no adapter, it fits no base alone, or the server does not take it.
         """
-        path, name = _adapter_in(folder, "api"), f"tunesmith-{version}-{self._mark}"
+        path, rank = _adapter_in(folder, "api")
+        name = f"tunesmith-{version}-{self._mark}"
         if name == self._adapter:
             raise ModelError(f"{self._server.where}: version {version} is there already; each needs a number of its own")
         try:
             self._server.ask(f"{self.url}/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, "text")
         except RefusedError as error:
-            raise ModelError(f"{error}. The server does not take the policy's adapter in {path}: {_START}") from None
+            raise ModelError(
+                f"{error}. The server does not take the policy's adapter in {path}: start it on the same base model, where it "
+                "can read this folder, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and "
+                f"--enable-lora --max-lora-rank {_most(rank)}"
+            ) from None
         before, self._adapter = self._adapter, name
         if before is not None:
             try:
@@ -183,7 +185,7 @@ class VllmEngine:
     Args:
         model: folder of the base model.
         end_ids: tokens that end an answer, that of the template first.
-        rank: of the policy's adapter.
+        rank: of the policy's adapter, with those of earlier ones that it is joined with added.
         dtype: name of the dtype of matrix products, ``bfloat16``, ``float16`` or ``float32``.
         longest: tokens of prompt and answer, at most; None: as the model says.
         memory: share of the GPU's memory that vLLM takes; training needs the rest.
@@ -205,16 +207,14 @@ class VllmEngine:
         memory: float = 0.4,
     ) -> None:
         assert end_ids, "an engine needs an end token"
-        ranks = [one for one in _RANKS if one >= rank]
-        if not ranks:
-            raise ModelError(f"rollout_engine: vllm takes adapters of rank {_RANKS[-1]} at most, and lora_rank is {rank}")
+        self._most_rank = _most(rank)
         self._sampling: Callable[..., Any] = _vllm("vllm").SamplingParams
         self._request: Callable[..., Any] = _vllm("vllm.lora.request").LoRARequest
         self.end_ids = tuple(dict.fromkeys(end_ids))
         self.longest = longest
         self.statistics = Statistics()
         self._llm = _vllm("vllm").LLM(
-            model=model, dtype=dtype, enable_lora=True, max_lora_rank=ranks[0], max_model_len=longest,
+            model=model, dtype=dtype, enable_lora=True, max_lora_rank=self._most_rank, max_model_len=longest,
             gpu_memory_utilization=memory,
         )  # fmt: skip
         self._adapter: Any = None
@@ -224,13 +224,15 @@ class VllmEngine:
         """Answer from now on with the adapter in a folder, which has to stay until the next call.
 
         Args:
-            folder: with the adapter as PEFT saves it.
+            folder: with all of the policy that is not the base, as ``save_finished`` writes it.
             version: of the policy.
 
         Raises:
-            ModelError: there is no adapter.
+            ModelError: there is no adapter, it fits no base alone, or its rank is higher than was said.
         """
-        path = _adapter_in(folder, "vllm")
+        path, rank = _adapter_in(folder, "vllm")
+        if rank > self._most_rank:
+            raise ModelError(f"rollout_engine: vllm was started for adapters of rank {self._most_rank}, and {path} has {rank}")
         self._versions += 1  # what it knows an adapter by
         self._adapter = self._request(f"tunesmith-{version}", self._versions, str(path))
 
@@ -341,10 +343,22 @@ def ended_answer(ids: list[int], stopped: bool, stop: Any, end_ids: Sequence[int
     return Answer(np.array(ids[:most], dtype=np.int32), stopped)
 
 
-def _adapter_in(folder: Path, engine: str) -> Path:
+def _most(rank: int) -> int:
+    """The next rank that vLLM can be started with."""
+    for known in _RANKS:
+        if known >= rank:
+            return known
+    raise ModelError(f"rollout_engine: vLLM takes adapters of rank {_RANKS[-1]} at most, and the policy's has {rank}")
+
+
+def _adapter_in(folder: Path, engine: str) -> tuple[Path, int]:
+    """Where an adapter is, and its highest rank."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"rollout_engine: {engine}: {folder} holds no adapter ({ADAPTER_CONFIG}); set finetuning_type: lora")
-    return folder.resolve()
+    check_alone(folder, f"rollout_engine: {engine}")
+    config = read_json(folder / ADAPTER_CONFIG)
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    return folder.resolve(), max((rank for rank in ranks if isinstance(rank, int)), default=0)
 
 
 def _count(statistics: Statistics, asked: Asked, found: list[list[Answer]], began: float) -> None:
