@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import threading
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from tests.conftest import tunesmith
 from tunesmith.config.arguments import GeneratingArguments
 from tunesmith.config.load import load_config
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.generate.remote import OpenAIEngine, VllmEngine
 from tunesmith.model.tokenizer import read_tokenizer
+from tunesmith.train.runlog import read_log
 
 END = 2
 ARGS = GeneratingArguments(temperature=0.8, top_p=1.0, top_k=0, max_new_tokens=6)
@@ -47,9 +50,11 @@ class Server(BaseHTTPRequestHandler):
     """Knows adapters by name, answers completions with them; can be told to refuse, to fail, or to give text alone."""
 
     adapters: dict[str, str]
+    loaded: list[str]
     asked: list[tuple[str, dict[str, Any], str | None]]
     refuses: dict[str, int]
     change: Callable[[dict[str, Any]], Any] | None
+    says: Callable[[list[int], int, int, int], tuple[list[int], str]]
     tokenizer: PreTrainedTokenizerBase
 
     def do_POST(self) -> None:
@@ -68,13 +73,15 @@ class Server(BaseHTTPRequestHandler):
     def _answer(self, verb: str, body: dict[str, Any]) -> Any:
         if verb == "load_lora_adapter":
             self.adapters[body["lora_name"]] = body["lora_path"]
+            weights = Path(body["lora_path"], "adapter_model.safetensors")
+            self.loaded.append(hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "")
             return "Success: added"
         if verb == "unload_lora_adapter":
             self.adapters.pop(body["lora_name"], None)
             return "Success: removed"
         choices = []
         for index in reversed(range(body["n"])):
-            ids, reason = says(body["prompt"], body["seed"], index, body["max_tokens"])
+            ids, reason = self.says(body["prompt"], body["seed"], index, body["max_tokens"])
             choices.append({"index": index, "token_ids": ids, "finish_reason": reason, "stop_reason": END, "text": "-"})
         answer = {"choices": choices}
         return self.change(answer) if self.change else answer
@@ -87,7 +94,11 @@ class Server(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("TUNESMITH_ROLLOUT_KEY", raising=False)
-    handler: Any = type("Handler", (Server,), {"adapters": {}, "asked": [], "refuses": {}, "change": None})
+    handler: Any = type(
+        "Handler",
+        (Server,),
+        {"adapters": {}, "loaded": [], "asked": [], "refuses": {}, "change": None, "says": staticmethod(says)},
+    )
     running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     running.daemon_threads = True
     thread = threading.Thread(target=running.serve_forever, args=(0.01,))
@@ -222,6 +233,28 @@ def test_failures_that_may_pass_are_tried_again(
         made.answers([[4]], GeneratingArguments(num_beams=2), [(0,)])
 
 
+def test_a_policy_learns_from_a_servers_answers(
+    server: tuple[str, Any], settings: dict[str, Any], write_config: Any, tmp_path: Path
+) -> None:
+    server[1].says = staticmethod(
+        lambda prompt, seed, index, most: ([3 + (seed + index) % 200] * (1 + index % 3) + [END], "stop")
+    )
+    given = {
+        **settings, "stage": "grpo", "reward_functions": "length", "reward_options": {"length": {"target": 3, "unit": "tokens"}},
+        "num_generations": 4, "max_new_tokens": 8, "rollout_engine": "api", "rollout_url": server[0], "max_steps": 3,
+    }  # fmt: skip
+    tunesmith("train", write_config(given))
+    assert len(server[1].loaded) == 3  # one for each rollout, of which each taught something
+    assert len(set(server[1].loaded)) == 3
+    assert len(server[1].adapters) == 1
+    log = [entry for entry in read_log(Path(given["output_dir"])) if "loss" in entry]
+    assert [entry["policy_kl"] for entry in log] == [0.0] * 3  # the ratio of the first pass is 1, whoever sampled
+    server[1].refuses = {"load_lora_adapter": 404}
+    done = tunesmith("train", write_config({**given, "output_dir": str(tmp_path / "other")}), check=False)
+    assert done.returncode
+    assert "does not take the policy's adapter" in done.stderr
+
+
 # ---- vLLM in this process
 
 
@@ -293,7 +326,10 @@ def test_vllm_answers_as_a_server_does(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"finetuning_type": "full"}, "rollout_engine: vllm is given an adapter before each rollout; set finetuning_type: lora"),
+        (
+            {"finetuning_type": "full"},
+            "rollout_engine: vllm is given an adapter before each rollout; set finetuning_type: lora",
+        ),
         ({"use_dora": True}, "use_dora: vLLM takes plain LoRA only"),
         ({"quantization_bit": 4}, "rollout_engine: vllm runs the base as it is, and here it is quantised"),
         ({"rollout_engine": "api"}, "rollout_url: belongs to rollout_engine: api"),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import GeneratingArguments
+from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import ModelError
 from tunesmith.generate.batch import Answer, Statistics
 from tunesmith.generate.room import room_for
@@ -50,7 +52,7 @@ class OpenAIEngine:
     Args:
         url: with the version, e.g. ``http://127.0.0.1:8000/v1``.
         tokenizer: of the policy.
-        end_ids: tokens that end an answer, that of the template first.
+        end_ids: tokens that end an answer.
         longest: tokens that the model takes, prompt and answer; None: not said.
         timeout: seconds for all answers to a prompt.
         pause: seconds before a second attempt; see ``Endpoint``.
@@ -164,7 +166,19 @@ class OpenAIEngine:
             raise ModelError(
                 f"{self._server.where}: token_ids are none of the policy's; start the server on the same base model"
             )
-        return ended_answer(ids, reason == "stop", choice.get("stop_reason"), self.end_ids, most)
+        if reason == "stop":
+            stop = choice.get("stop_reason")
+            end = stop if isinstance(stop, int) else self._end
+            if not ids or ids[-1] not in (*self.end_ids, end):
+                ids = [*ids, end]
+        ended = reason == "stop" and len(ids) <= most  # a text may be more tokens than it was
+        return Answer(np.array(ids[:most], dtype=np.int32), ended)
+
+    @cached_property
+    def _end(self) -> int:
+        """The token with which the template ends a turn."""
+        ids = self._tokenizer.encode(ChatTemplate(self._tokenizer).turn_ending, add_special_tokens=False)
+        return next((one for one in ids if one in self.end_ids), self.end_ids[0])
 
     def _tokenised(self, text: Any) -> list[int]:
         if not isinstance(text, str):
@@ -184,7 +198,7 @@ class VllmEngine:
 
     Args:
         model: folder of the base model.
-        end_ids: tokens that end an answer, that of the template first.
+        end_ids: tokens that end an answer.
         rank: of the policy's adapter, with those of earlier ones that it is joined with added.
         dtype: name of the dtype of matrix products, ``bfloat16``, ``float16`` or ``float32``.
         longest: tokens of prompt and answer, at most; None: as the model says.
@@ -255,12 +269,10 @@ class VllmEngine:
         outputs = self._llm.generate(rows, how, lora_request=self._adapter, use_tqdm=False) if asked else []
         found = [
             [
-                ended_answer(
-                    list(one.token_ids), one.finish_reason == "stop", one.stop_reason, self.end_ids, settings["max_tokens"]
-                )
+                Answer(np.array(one.token_ids, dtype=np.int32), one.finish_reason == "stop")
                 for one in sorted(output.outputs, key=lambda one: one.index)
             ]
-            for output, (_, settings) in zip(outputs, asked, strict=True)
+            for output in outputs
         ]
         found = _repeated(found, samples)
         _count(self.statistics, asked, found, began)
@@ -322,25 +334,6 @@ def _seed(seed: int, key: Sequence[int]) -> int:
 def _repeated(found: list[list[Answer]], samples: int) -> list[list[Answer]]:
     """The only answer where nothing is drawn, as often as was asked for."""
     return [answers * samples if len(answers) == 1 else answers for answers in found]
-
-
-def ended_answer(ids: list[int], stopped: bool, stop: Any, end_ids: Sequence[int], most: int) -> Answer:
-    """An answer as the local engine gives it.
-
-    Args:
-        ids: that came, with or without the end token.
-        stopped: whether an end token came.
-        stop: which one, if it was said and is a number.
-        end_ids: tokens that end an answer.
-        most: tokens that it may have.
-    """
-    if stopped:
-        end = stop if isinstance(stop, int) else end_ids[0]
-        if not ids or ids[-1] not in (*end_ids, end):
-            ids = [*ids, end]
-        if len(ids) > most:  # text that was tokenised anew
-            ids, stopped = ids[:most], False
-    return Answer(np.array(ids[:most], dtype=np.int32), stopped)
 
 
 def _most(rank: int) -> int:

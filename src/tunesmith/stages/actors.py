@@ -55,13 +55,13 @@ def with_actors(config: RunConfig, given: Ingredients, line: Line) -> PolicyIngr
     for rows in (given.train_examples, given.eval_examples):
         rewards.check(rows if isinstance(rows, Rows) else ())
     reference = reference_of(config, given, line) if config.policy.kl_coef else _no_reference
-    engine = engine_of(config, given)
+    engine = engine_of(config, given, line)
     sync = None if isinstance(engine, BatchEngine) else engine.sync
     actors = Actors(engine, rewards, reference, sync)
     return PolicyIngredients(**vars(given), policy=config.policy, generating=config.generating, actors=actors)
 
 
-def engine_of(config: RunConfig, given: Ingredients) -> BatchEngine | OpenAIEngine | VllmEngine:
+def engine_of(config: RunConfig, given: Ingredients, line: Line) -> BatchEngine | OpenAIEngine | VllmEngine:
     """What ``rollout_engine`` names. Raises ModelError where it cannot be used."""
     policy, ends, longest = config.policy, end_ids(config, given), positions_of(given)
     match policy.rollout_engine:
@@ -71,7 +71,7 @@ def engine_of(config: RunConfig, given: Ingredients) -> BatchEngine | OpenAIEngi
             assert policy.rollout_url is not None
             return OpenAIEngine(policy.rollout_url, given.tokenizer, ends, longest)
         case "vllm":
-            folder, dtype = str(locate(config.model).path), str(given.compute_dtype).removeprefix("torch.")
+            folder, dtype = str(locate(line.on(config.model)).path), str(given.compute_dtype).removeprefix("torch.")
             return VllmEngine(folder, ends, _rank(given.forward.model), dtype, longest)
 
 
