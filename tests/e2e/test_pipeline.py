@@ -45,11 +45,13 @@ def file(settings: dict[str, Any], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Stages run in this process, as the command line would; returns what was started."""
+    """Stages run in this process, as the command line would, without the check before; returns what was started."""
     calls: list[list[str]] = []
 
     def start(arguments: Sequence[str], keep: Sequence[int] = ()) -> int:
         calls.append(list(arguments))
+        if "--dry-run" in arguments:
+            return 0
         done = tunesmith(*arguments, check=False)
         print(done.stdout, done.stderr)
         return done.returncode
@@ -72,6 +74,7 @@ def test_each_stage_goes_on_from_the_last_and_is_kept(file: Path, started: list[
     assert not folder.exists()
 
     done = tunesmith("pipeline", file)
+    assert started[0] == ["pipeline", str(file), "--dry-run"]
     assert trained(started) == BEGUN
     for name in BEGUN:
         assert [entry["current_steps"] for entry in read_log(folder / name)] == [1, 2, 3]
@@ -121,16 +124,21 @@ def test_a_stopped_stage_is_gone_on_with(
     assert f"resuming from {folder / 'sft'}/checkpoint-2" in done.stdout
 
 
-def test_nothing_is_begun_where_anything_is_wrong(file: Path, started: list[list[str]], tmp_path: Path) -> None:
+def test_nothing_is_begun_where_anything_is_wrong(
+    file: Path, started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = tunesmith("pipeline", file, "sft.learnng_rate=1", "rm.packing=true", check=False)
     assert done.returncode == 2
     assert "sft.learnng_rate: unknown key" in done.stderr and "rm.packing: rows are not packed" in done.stderr
-    done = tunesmith("pipeline", file, "rm.dataset=rows", check=False)
-    assert done.returncode == 1
-    assert trained(started) == []
-    assert "rm: error: " in done.stdout and "no stage was begun" in done.stderr
     done = tunesmith("pipeline", file, "--only", "rm", check=False)
     assert "rm: needs sft, which has not finished and is not to be run now" in done.stderr
+    done = tunesmith("pipeline", file, "pt.dataset_dir=none", "rm.dataset=rows", "--dry-run", check=False)
+    assert done.returncode == 1
+    assert "pt: error: " in done.stdout and "rm: error: " in done.stdout
+    assert started == []
+    monkeypatch.setattr(process, "start", lambda arguments, keep=(): 1)
+    done = tunesmith("pipeline", file, check=False)
+    assert done.returncode == 1 and "no stage was begun" in done.stderr
     assert not (tmp_path / "all/pt").exists()
 
 
@@ -158,28 +166,38 @@ def test_a_stage_made_otherwise_is_not_touched_unless_asked(file: Path, started:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_in_the_middle_it_ends_as_if_it_had_not_been(file: Path, tmp_path: Path, number: int) -> None:
+@pytest.mark.timeout(600)
+def test_killed_in_the_middle_it_ends_as_if_it_had_not_been(file: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "all", tmp_path / "broken"
-    changes = ["max_steps=60", "save_steps=5", "rm.max_steps=3", "pt.max_steps=3"]
+    changes = ["max_steps=300", "save_steps=5", "rm.max_steps=3", "pt.max_steps=3"]
     tunesmith_process("pipeline", file, *changes)
     command = [sys.executable, "-m", "tunesmith", "pipeline", str(file), *changes, f"output_dir={broken}"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(read_log(broken / "sft")) < 7:
-        time.sleep(0.02)
-    running.send_signal(number)
-    _, stderr = running.communicate(timeout=60)
-    if number == signal.SIGTERM:
-        assert running.returncode == 143 and "Go on with:" in stderr
-        assert (broken / "sft/checkpoint-5").is_dir() and not (broken / "rm").exists()
-    else:  # the stage goes on alone, and holds the folder until it has ended
-        assert running.returncode == -9
-        while "at work here" in tunesmith_process(*command[3:], "--only", "pt", check=False).stderr:
-            assert time.monotonic() < deadline
+
+    stderr = stopped_at(7, command, broken / "sft", signal.SIGTERM, 143)
+    assert "Go on with:" in stderr
+    assert (broken / "sft/checkpoint-5").is_dir() and not (broken / "rm").exists()
+    stopped_at(50, command, broken / "sft", signal.SIGKILL, -9)
+    deadline = time.monotonic() + 120  # the stage goes on alone, and holds the folder until it has ended
+    refused = 0
+    while "at work here" in tunesmith_process(*command[3:], "--only", "pt", check=False).stderr:
+        refused += 1
+        assert time.monotonic() < deadline
+    assert refused
     tunesmith_process(*command[3:])
     for name in BEGUN:
         one, two = (load_file(folder / name / "adapter_model.safetensors") for folder in (whole, broken))
         assert one.keys() == two.keys()
         assert all((one[key] == two[key]).all() for key in one)
+
+
+def stopped_at(step: int, command: list[str], run: Path, number: int, status: int) -> str:
+    """Start the pipeline, send it a signal when a stage has come so far, and return what it said."""
+    said = run.parent.parent / "stderr.txt"
+    with said.open("w") as sink:  # and no pipe: a stage that outlives the pipeline would hold it open
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sink)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(read_log(run)) < step:
+        time.sleep(0.02)
+    running.send_signal(number)
+    assert running.wait(60) == status, said.read_text()
+    return said.read_text()
