@@ -87,6 +87,10 @@ def test_each_stage_goes_on_from_the_last_and_is_kept(file: Path, started: list[
     assert (folder / "pipeline.png").read_bytes()[:4] == b"\x89PNG"
     record = json.loads((folder / "pipeline.json").read_text())["stages"]
     assert [record[name]["status"] for name in BEGUN] == ["finished"] * 3
+    assert record["pt"]["settings"].keys() == {  # and no defaults, to which a later version may add some
+        "model_name_or_path", "compute_dtype", "dataset", "dataset_dir", "cutoff_len", "stage", "output_dir", "learning_rate",
+        "num_train_epochs", "max_steps", "save_steps", "sample_max_new_tokens",
+    }  # fmt: skip
     assert record["rm"]["made_from"] == {"sft": record["sft"]["began"]}
 
     again = tunesmith("pipeline", file)

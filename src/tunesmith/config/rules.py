@@ -58,6 +58,7 @@ UNSUPPORTED = {
     "reward_model_adapters": "name the adapter's folder as reward_model, with reward_model_type: lora",
     "run_name": "the run is named by output_dir",
     "save_only_model": "checkpoints can always be resumed from; remove the key",
+    "stages": "a file with a list of stages is for `tunesmith pipeline`",
     "use_apollo": "set optim: apollo_adamw, its rank, scale and so on as optim_args",
     "use_galore": "set optim: galore_adamw, its rank, scale and so on as optim_args",
     "use_muon": "set optim: muon",

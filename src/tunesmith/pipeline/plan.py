@@ -110,15 +110,22 @@ def _same(fresh: Record, known: Record | None) -> bool:
 def _difference(fresh: Record, known: Record) -> str:
     """What differs between two makings of a stage, in words; empty if nothing does."""
     then, wanted = {**known.settings, "output_dir": known.run}, {**fresh.settings, "output_dir": fresh.run}
-    changed = [f"{key}: {then.get(key)!r} then, {value!r} now" for key, value in wanted.items() if then.get(key) != value]
+    keys = [key for key in {**then, **wanted} if then.get(key) != wanted.get(key)]
+    changed = [f"{key}: {_said(then, key)} then, {_said(wanted, key)} now" for key in keys]
     parts = [f"settings ({'; '.join(changed)})"] if changed else []
     parts += ["data"] if fresh.data != known.data else []
     parts += [f"results of {name}" for name, began in fresh.made_from.items() if known.made_from.get(name) != began]
     return " and ".join(parts)
 
 
+def _said(settings: dict[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "unset"
+
+
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.to_flat().items() if key not in _FREE}
+    """What differs from the defaults, so that a key of a later version that is not set changes nothing."""
+    sections = [getattr(config, name).model_dump(mode="json", exclude_defaults=True) for name in type(config).model_fields]
+    return {key: value for section in sections for key, value in section.items() if key not in _FREE}
 
 
 def _data(stage: PipelineStage) -> list[str]:

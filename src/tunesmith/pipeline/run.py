@@ -70,8 +70,6 @@ def run_pipeline(call: Call, say: Callable[[str], None]) -> None:
         StageError: a stage failed or was stopped; later ones were not begun.
     """
     pipeline = load_pipeline(call.file, call.overrides)
-    for notice in pipeline.notices:
-        say(f"note: {notice}")
     with process.locked(pipeline.folder) as held:
         state = State.read(pipeline.folder, call.file)
         tasks = plan(pipeline, state, call.only, call.start)
@@ -91,6 +89,8 @@ def run_pipeline(call: Call, say: Callable[[str], None]) -> None:
 def _planned(pipeline: Pipeline, state: State, call: Call, say: Callable[[str], None]) -> list[Task]:
     """What is to be done, and said."""
     tasks = plan(pipeline, state, call.only, call.start)
+    for notice in pipeline.notices:
+        say(f"note: {notice}")
     say(f"{pipeline.path}: {len(tasks)} stages in {pipeline.folder}")
     width = max(len(task.stage.name) for task in tasks)
     for task in tasks:

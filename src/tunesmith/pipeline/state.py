@@ -21,7 +21,7 @@ class Record:
     Attributes:
         run: its folder.
         status: ``running`` also where the machine went down.
-        settings: every key of its configuration that may change the result.
+        settings: every key that may change the result and is not at its default.
         data: SHA-256 of its data files.
         made_from: earlier stage -> when the making of it began, which tells one making from another.
         began: when this making of it began; going on after a stop is the same making.
