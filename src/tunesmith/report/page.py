@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def write_page(title: str, chapters: Sequence[Chapter], folder: Path) -> Path:
         Path of the page.
     """
     drawn = draw_overview(chapters, folder / PICTURE)
-    body = "\n".join(line for chapter in chapters for line in _chapter(chapter))
+    body = "\n".join([*_through(chapters), *(line for chapter in chapters for line in _chapter(chapter))])
     picture = _picture(folder / PICTURE, "curves of all stages") if drawn else ""
     page = _PAGE.format(title=html.escape(title), picture=picture, body=body)
     target, scratch = folder / PAGE, folder / f".{PAGE}.partial"
@@ -115,21 +115,34 @@ def samples(run: Path) -> list[tuple[str, str, str]]:
 # ---- HTML
 
 
+def _through(chapters: Sequence[Chapter]) -> Iterator[str]:
+    """The answers to each question from stage to stage, where more than one stage was asked."""
+    asked = [(chapter.title, found) for chapter in chapters if (found := samples(chapter.run))]
+    if len(asked) < 2:
+        return
+    questions = dict.fromkeys(question for _, found in asked for question, _, _ in found)
+    said = [{question: after for question, _, after in found} for _, found in asked]
+    first = {question: before for _, found in reversed(asked) for question, before, _ in found}
+    rows = [(question, first[question], *(after.get(question, "") for after in said)) for question in questions]
+    yield from _table(["question", "at first", *(f"after {title}" for title, _ in asked)], rows)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"<table><tr>{''.join(f'<th>{html.escape(head)}</th>' for head in heads)}</tr>"
+    for row in rows:
+        yield f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>"
+    yield "</table>"
+
+
 def _chapter(chapter: Chapter) -> Iterator[str]:
     yield f"<section>\n<h2>{html.escape(chapter.title)}</h2>"
     yield f"<p>{html.escape(chapter.kind)}; {_state(chapter.run)}; <code>{html.escape(str(chapter.run))}</code></p>"
     if numbers := key_numbers(read_log(chapter.run)):
-        yield "<table><tr><th></th><th>first</th><th>last</th></tr>"
-        for key, (first, last) in numbers.items():
-            yield f"<tr><td>{html.escape(key)}</td><td>{first:.4g}</td><td>{last:.4g}</td></tr>"
-        yield "</table>"
+        yield from _table(["", "first", "last"], [(key, f"{a:.4g}", f"{b:.4g}") for key, (a, b) in numbers.items()])
     if (chapter.run / LOSS_PLOT).is_file():
         yield _picture(chapter.run / LOSS_PLOT, f"curves of {chapter.title}")
     if answers := samples(chapter.run):
-        yield "<table><tr><th>question</th><th>before</th><th>after</th></tr>"
-        for row in answers:
-            yield f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>"
-        yield "</table>"
+        yield from _table(["question", "before", "after"], answers)
     if chapter.hint and is_finished(chapter.run):
         yield f"<pre>{html.escape(chapter.hint)}</pre>"
     yield "</section>"
