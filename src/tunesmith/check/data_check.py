@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.load import load_config
+from tunesmith.config.policy import POLICY_STAGES, RolloutSize, longest_answer
 from tunesmith.data.heaviest import blank_batch
 from tunesmith.data.kinds import KINDS, Rows
 from tunesmith.data.loader import DataLoader
@@ -338,6 +339,8 @@ def _percentile(values: np.ndarray, counts: np.ndarray, share: float) -> float:
 
 
 def _plan(config: RunConfig, train: Examples | Rows[Any], held_out: Examples | Rows[Any]) -> dict[str, Any]:
+    if config.finetuning.stage in POLICY_STAGES:
+        return _rollouts(config, len(train), len(held_out))
     training = config.training
     capacity = config.data.cutoff_len if config.data.packing else None
     loader = DataLoader(train, training.per_device_train_batch_size, training.gradient_accumulation_steps, capacity=capacity)
@@ -351,4 +354,19 @@ def _plan(config: RunConfig, train: Examples | Rows[Any], held_out: Examples | R
         "tokens_per_epoch": tokens,
         "tokens": round(tokens * total / len(loader)),
         "supervised_share": round(train.supervised / tokens, 4),
+    }
+
+
+def _rollouts(config: RunConfig, prompts: int, held_out: int) -> dict[str, Any]:
+    """Of a policy: how many answers it makes, and how many updates it makes of them."""
+    size, training = RolloutSize.of(config.training, config.policy), config.training
+    per_epoch = size.updates_per_epoch(prompts)
+    return {
+        "prompts": prompts,
+        "eval_examples": held_out,
+        "updates_per_epoch": per_epoch,
+        "updates": training.max_steps if training.max_steps > 0 else ceil(training.num_train_epochs * per_epoch),
+        "answers_per_rollout": size.prompts * size.samples,
+        "updates_per_rollout": size.updates(size.prompts),
+        "longest_answer": longest_answer(config.policy, config.generating),
     }

@@ -33,6 +33,12 @@ def sentences(checked: Checked) -> Iterator[str]:
             f"plan: {plan['updates']:,} updates; once through the sets are {plan['train_examples']:,} examples with "
             f"{plan['tokens_per_epoch']:,} tokens, {plan['supervised_share']:.0%} of them learned"
         )
+    elif "answers_per_rollout" in plan:
+        yield (
+            f"plan: {plan['updates']:,} updates ({plan['updates_per_epoch']:,} an epoch of {plan['prompts']:,} prompts); "
+            f"rollouts of {plan['answers_per_rollout']:,} answers of up to {plan['longest_answer']:,} tokens, "
+            f"{plan['updates_per_rollout']:,} updates with each; {plan['eval_examples']:,} prompts to evaluate on"
+        )
     elif plan:
         yield (
             f"plan: {plan['updates']:,} updates ({plan['updates_per_epoch']:,} an epoch), {plan['tokens']:,} tokens, "

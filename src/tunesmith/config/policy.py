@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from tunesmith.config.arguments import (
@@ -47,6 +49,41 @@ _ONLY = {
 def answers_of(training: TrainingArguments, policy: PolicyArguments) -> int:
     """Answers of a rollout."""
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * policy.ppo_buffer_size
+
+
+@dataclass(frozen=True)
+class RolloutSize:
+    """How a run divides prompts, and the answers to them.
+
+    Attributes:
+        prompts: of a rollout; the last one of a pass over the prompts may have fewer.
+        samples: answers to each prompt.
+        batch: answers of a micro-batch.
+        accumulation: micro-batches of an update.
+        passes: how often each rollout is learned from.
+    """
+
+    prompts: int
+    samples: int
+    batch: int
+    accumulation: int
+    passes: int
+
+    @classmethod
+    def of(cls, training: TrainingArguments, policy: PolicyArguments) -> RolloutSize:
+        """What the settings of a run say."""
+        samples, batch = policy.num_generations or 1, training.per_device_train_batch_size
+        accumulation = training.gradient_accumulation_steps
+        return cls(answers_of(training, policy) // samples, samples, batch, accumulation, policy.ppo_epochs or 1)
+
+    def updates(self, prompts: int) -> int:
+        """Of a rollout of so many prompts."""
+        return self.passes * ceil(ceil(prompts * self.samples / self.batch) / self.accumulation)
+
+    def updates_per_epoch(self, rows: int) -> int:
+        """Of a pass over so many prompts, if no rollout is left early."""
+        whole, rest = divmod(rows, self.prompts)
+        return whole * self.updates(self.prompts) + self.updates(rest)
 
 
 def longest_answer(policy: PolicyArguments, generating: GeneratingArguments, prompt: int = 0) -> int:

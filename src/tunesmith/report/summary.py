@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.model.files import VALUE_HEAD
 from tunesmith.train.checkpoint import list_checkpoints
+from tunesmith.train.progress import printable
 from tunesmith.train.runfiles import ANSWERS, LOSS_PLOT, read_results
 from tunesmith.train.runlog import LOG_NAME, read_log
 
@@ -64,7 +65,7 @@ def _rewards(run: Path, entries: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _short(text: str, most: int) -> str:
     """In one line, printable, cut off with a sign."""
-    line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tunesmith.config.arguments import GeneratingArguments, PolicyArguments, TrainingArguments
+from tunesmith.config.policy import RolloutSize
 from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.streaming import ExampleStream
@@ -142,13 +143,9 @@ class PolicyPeftTrainer(PeftTrainer):
 
     def build_loader(self, seed: int) -> RolloutLoader:
         """Rollouts of prompts."""
-        rows, args, policy = self.given.train_examples, self.args, self.policy
+        rows, size = self.given.train_examples, RolloutSize.of(self.args, self.policy)
         assert not isinstance(rows, ExampleStream), "rules refuse streams of prompts"
-        samples = policy.num_generations or 1
-        answers = args.per_device_train_batch_size * args.gradient_accumulation_steps * policy.ppo_buffer_size
-        prompts = DataLoader(rows, answers // samples, 1, seed, self.given.shuffle)
-        accumulation, passes = args.gradient_accumulation_steps, policy.ppo_epochs or 1
-        return RolloutLoader(prompts, self.collect, samples, args.per_device_train_batch_size, accumulation, passes)
+        return RolloutLoader(DataLoader(rows, size.prompts, 1, seed, self.given.shuffle), self.collect, size)
 
     @property
     def lone_update(self) -> bool:

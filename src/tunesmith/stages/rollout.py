@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tunesmith.config.policy import RolloutSize
 from tunesmith.data.collator import collate
 from tunesmith.data.loader import DataLoader, Window
 from tunesmith.errors import CheckpointError
@@ -69,32 +69,22 @@ class RolloutLoader:
     Args:
         prompts: the rows, in windows that are the prompts of a rollout.
         collect: makes the micro-batches of a rollout.
-        samples: answers to each prompt.
-        batch_size: answers of a micro-batch.
-        accumulation: micro-batches of an update.
-        passes: how often each rollout is learned from.
+        size: of a rollout and of what is made of it.
     """
 
     report = None
     """Rows are counted when they are prepared, not here."""
 
-    def __init__(
-        self, prompts: DataLoader, collect: Collect, samples: int, batch_size: int, accumulation: int, passes: int
-    ) -> None:
+    def __init__(self, prompts: DataLoader, collect: Collect, size: RolloutSize) -> None:
         self.prompts = prompts
         self.batches: list[Batch] = []
         """Of the rollout that is being learned from."""
         self.at = Place()
-        self._collect = collect
-        self._samples, self._batch_size, self._accumulation, self._passes = samples, batch_size, accumulation, passes
+        self._collect, self._size = collect, size
 
     def __len__(self) -> int:
         """Updates in a pass over the prompts, if no rollout is left early."""
-        return sum(self._updates(len(self._rows(0, number))) for number in range(len(self.prompts)))
-
-    def _updates(self, prompts: int) -> int:
-        batches = ceil(prompts * self._samples / self._batch_size)
-        return self._passes * ceil(batches / self._accumulation)
+        return self._size.updates_per_epoch(self.rows)
 
     def _rows(self, epoch: int, number: int) -> list[int]:
         """Numbers of the prompts of a rollout."""
@@ -133,12 +123,13 @@ class RolloutLoader:
     def _windows(self, here: Place) -> list[list[Batch]]:
         """The updates of a rollout: in each pass the same micro-batches, in another order."""
         found = []
-        for number in range(self._passes):
+        for number in range(self._size.passes):
             order = np.arange(len(self.batches))
             if number:
                 order = np.random.default_rng([self.prompts.seed, here.epoch, here.rollout, number]).permutation(order)
             some = [self.batches[i] for i in order.tolist()]
-            found += [some[begin : begin + self._accumulation] for begin in range(0, len(some), self._accumulation)]
+            count = self._size.accumulation
+            found += [some[begin : begin + count] for begin in range(0, len(some), count)]
         return found
 
     def place(self) -> dict[str, Any]:
@@ -147,7 +138,7 @@ class RolloutLoader:
 
     def passes(self, epoch: int, window: int) -> float:
         """How often the prompts have been passed over."""
-        within = self.at.update / self._updates(len(self._rows(self.at.epoch, self.at.rollout)))
+        within = self.at.update / self._size.updates(len(self._rows(self.at.epoch, self.at.rollout)))
         return self.at.epoch + (self.at.rollout + within) / len(self.prompts)
 
     @property

@@ -30,6 +30,15 @@ class Reporter(Protocol):
         """The loop has ended, or failed."""
 
 
+def printable(text: str) -> str:
+    """The text with nothing in it that a terminal would obey: answers of a model and names of files can hold anything.
+
+    Example:
+        An escape character becomes a replacement character; line ends and tabs stay.
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
 def format_entry(entry: dict[str, Any]) -> str:
     """A log line in one line of text."""
     parts = []
@@ -82,7 +91,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """Print a sentence above the bar."""
-        self.console.print(Text(text))
+        self.console.print(Text(printable(text)))
 
     def start(self, total_steps: int, done: int) -> None:
         """Show the bar."""
