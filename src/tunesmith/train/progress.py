@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import TracebackType
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.text import Text
 
 _PLAIN_INTERVAL = 10.0
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for line ends and tabs, changes of the direction of writing, halves of characters."""
 
 
 class Reporter(Protocol):
@@ -36,7 +39,7 @@ def printable(text: str) -> str:
     Example:
         An escape character becomes a replacement character; line ends and tabs stay.
     """
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    return _OBEYED.sub("\ufffd", text)
 
 
 def format_entry(entry: dict[str, Any]) -> str:
