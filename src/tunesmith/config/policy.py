@@ -125,6 +125,8 @@ def policy_rules(
         for key in ("ppo_target", "kl_horizon"):
             if not _as_default(policy, key):
                 yield key, "belongs to kl_control: adaptive; remove the key"
+    if stage == "grpo" and policy.kl_estimator == "k1" and policy.kl_coef:
+        yield "kl_estimator", "k1 has a gradient of mean 0 as a loss, so it holds nothing back; take k3 or k2"
     if stage == "grpo":
         yield from _group_rules(policy, training)
     elif training is not None and answers_of(training, policy) % (policy.num_generations or 1):

@@ -25,7 +25,7 @@ class GRPOPeftTrainer(PolicyPeftTrainer):
     """Advantages over the other answers to the same prompt."""
 
     def targets(self, rollout: Sequence[Measured]) -> list[PolicyTargets]:
-        """Step 5: an answer's advantage in its group goes to all of its tokens."""
+        """Step 6: an answer's advantage in its group goes to all of its tokens."""
         policy = self.policy
         scores_A, groups_A = (torch.cat([getattr(part, name) for part in rollout]) for name in ("scores_R", "groups_R"))
         advantages_A = group_advantages(scores_A, groups_A, policy.scale_rewards, policy.group_baseline)
@@ -40,7 +40,7 @@ class GRPOPeftTrainer(PolicyPeftTrainer):
         return found
 
     def compute_loss(self, batch: Batch) -> LossOutput:
-        """Steps 6 and 7: the clipped loss, the divergence from the reference, the entropy."""
+        """Steps 4, 8 and 10: the clipped loss, the divergence from the reference, the entropy."""
         policy, taught = self.policy, batch.policy
         assert taught is not None
         logp_S, entropy_S, _ = batch_logprobs_and_entropy(

@@ -1,7 +1,6 @@
 """Learning from answers of one's own: what stages ppo and grpo share.
 
-An iteration has the numbered steps of ``docs/rl.md``; this module makes 1 to 4 and the order of 6 to 8, ``ppo.py`` and
-``grpo.py`` the rest.
+An iteration has the numbered steps of ``docs/rl.md``: this module makes 1 to 3, 7 and 8, ``ppo.py`` and ``grpo.py`` the rest.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ class PolicyPeftTrainer(PeftTrainer):
     needs_values = False
 
     def targets(self, rollout: Sequence[Measured]) -> list[PolicyTargets]:
-        """What each micro-batch of a rollout teaches: step 5."""
+        """What each micro-batch of a rollout teaches: steps 4 to 6."""
         raise TypeError(f"{type(self).__name__} learns nothing: a stage's trainer says what answers teach")
 
     # ---- an iteration
@@ -166,12 +165,12 @@ class PolicyPeftTrainer(PeftTrainer):
         scores_A = self._adjusted(scored.total_R, answered)
         size = self.args.per_device_train_batch_size
         rollout = []
-        for begin in range(0, len(answered), size):  # steps 3 and 4
+        for begin in range(0, len(answered), size):  # step 3
             some = slice(begin, begin + size)
             groups_R = torch.arange(begin, min(begin + size, len(answered))) // samples
             ended_R = torch.tensor([answer.ended for answer in answered[some]])
             rollout.append(self._measured(answers_batch(answered[some]), scores_A[some], groups_R, ended_R))
-        taught = self.targets(rollout)  # step 5
+        taught = self.targets(rollout)  # steps 4 to 6, and 11
         self.fresh |= {**_described(answered, scored), **pace, "score_seconds": (time.monotonic() - began, 1)}
         return [replace(part.batch, policy=targets) for part, targets in zip(rollout, taught, strict=True)]
 
@@ -214,16 +213,16 @@ class PolicyPeftTrainer(PeftTrainer):
         return folder
 
     def _adjusted(self, total_A: torch.Tensor, answered: Sequence[Answered]) -> torch.Tensor:
-        """Step 2: what it costs that an answer did not end; then normalised, in stage ppo, and bounded."""
-        ended_A = torch.tensor([answer.ended for answer in answered])
-        scores_A = total_A - self.policy.missing_eos_penalty * (~ended_A).float()
+        """Step 2: normalised (in stage ppo), bounded; then what it costs that an answer did not end, so that no bound hides it."""
         if self.needs_values and self.policy.score_norm:  # groups are scaled among themselves
-            self.moments = self.moments.updated(scores_A)
-            scores_A = self.moments.normalised(scores_A, shift_mean=False)
-        return scores_A if self.policy.reward_clip is None else clip_scores(scores_A, self.policy.reward_clip)
+            self.moments = self.moments.updated(total_A)
+            total_A = self.moments.normalised(total_A, shift_mean=False)
+        scores_A = total_A if self.policy.reward_clip is None else clip_scores(total_A, self.policy.reward_clip)
+        ended_A = torch.tensor([answer.ended for answer in answered])
+        return scores_A - self.policy.missing_eos_penalty * (~ended_A).float()
 
     def _measured(self, batch: Batch, scores_R: torch.Tensor, groups_R: torch.Tensor, ended_R: torch.Tensor) -> Measured:
-        """Steps 3 and 4: what policy and reference say of a micro-batch, on the host."""
+        """Step 3: what policy and reference say of a micro-batch, on the host."""
         part = Measured(batch, scores_R, groups_R, ended_R)
         given, temperature = self.given, self.given.generating.temperature
         on_device = batch.to(given.device)
@@ -245,13 +244,13 @@ class PolicyPeftTrainer(PeftTrainer):
         target, moved = self.policy.target_kl, means(result.metrics).get("policy_kl", 0.0)
         if target is not None and moved > target:
             assert isinstance(self.loader, RolloutLoader)
-            self.loader.leave()  # step 8
+            self.loader.leave()  # step 7
         return result
 
     def surrogate(
         self, batch: Batch, logp_S: torch.Tensor, level: Level = "token"
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Step 6: the clipped loss of each token, and what people watch of it, ``[S]`` each."""
+        """Step 8: the clipped loss of each token, and what people watch of it, ``[S]`` each."""
         taught, policy = batch.policy, self.policy
         assert taught is not None
         old_S = logp_S.detach() if taught.old_S is None else taught.old_S

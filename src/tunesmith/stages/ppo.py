@@ -25,7 +25,7 @@ class PPOPeftTrainer(PolicyPeftTrainer):
     needs_values = True
 
     def targets(self, rollout: Sequence[Measured]) -> list[PolicyTargets]:
-        """Step 5: token rewards, generalised advantages and returns, whitened over the whole rollout."""
+        """Steps 4 to 6: token rewards, generalised advantages and returns, whitened over the whole rollout."""
         policy, sizes = self.policy, [part.batch.num_targets for part in rollout]
         rows = [target_rows(part.batch) for part in rollout]
         rewards = []
@@ -52,7 +52,7 @@ class PPOPeftTrainer(PolicyPeftTrainer):
         ]
 
     def _steer(self, rollout: Sequence[Measured]) -> None:
-        """Step 9: how far answers are from the reference; its factor is adapted for the next time."""
+        """Step 11: how far answers are from the reference; its factor is adapted for the next time."""
         known = [
             (part.logp_S, part.reference_S) for part in rollout if part.logp_S is not None and part.reference_S is not None
         ]
@@ -66,7 +66,7 @@ class PPOPeftTrainer(PolicyPeftTrainer):
         self.control = self.control.updated(total / answers, answers)
 
     def compute_loss(self, batch: Batch) -> LossOutput:
-        """Steps 6 and 7: policy, values and entropy of each answer token, from one forward pass."""
+        """Steps 8 to 10: policy, values and entropy of each answer token, from one forward pass."""
         policy, taught = self.policy, batch.policy
         assert taught is not None and taught.values_S is not None and taught.returns_S is not None
         logp_S, entropy_S, values_S = batch_logprobs_and_entropy(
