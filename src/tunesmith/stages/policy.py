@@ -213,7 +213,7 @@ class PolicyPeftTrainer(PeftTrainer):
         return folder
 
     def _adjusted(self, total_A: torch.Tensor, answered: Sequence[Answered]) -> torch.Tensor:
-        """Step 2: normalised (in stage ppo), bounded; then what it costs that an answer did not end, so that no bound hides it."""
+        """Step 2: normalised (in stage ppo), bounded; then what it costs not to end, so that no bound hides it."""
         if self.needs_values and self.policy.score_norm:  # groups are scaled among themselves
             self.moments = self.moments.updated(total_A)
             total_A = self.moments.normalised(total_A, shift_mean=False)
