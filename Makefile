@@ -6,10 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
 
-.PHONY: quickstart test test-all lint format bench clean
+.PHONY: quickstart walkthrough test test-all lint format bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/tunesmith train examples/quickstart.yaml
+
+walkthrough: $(VENV)/.run
+	$(BIN)/tunesmith pipeline examples/rlhf_walkthrough/pipeline.yaml
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto
