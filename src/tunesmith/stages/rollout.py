@@ -115,7 +115,9 @@ class RolloutLoader:
                     break
 
     def leave(self) -> None:
-        """Go on with the next rollout."""
+        """Go on with the next rollout, unless the last update has ended this one already."""
+        if not self.at.update:
+            return
         following = replace(self.at, rollout=self.at.rollout + 1, update=0)
         ended = following.rollout == len(self.prompts)
         self.at = Place(following.epoch + 1) if ended else following
