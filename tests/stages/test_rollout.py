@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tunesmith.config.policy import RolloutSize
 from tunesmith.data.collator import target_rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.errors import CheckpointError
@@ -88,7 +89,8 @@ def loader(
         return [taught(answers_batch(said[begin : begin + size]), begin) for begin in range(0, len(said), size)]
 
     examples = [Example(np.arange(3), np.arange(3), prompt(row).source) for row in range(PROMPTS)]
-    return RolloutLoader(DataLoader(examples, prompts, seed=5), collect, samples, size, accumulation, passes), collected
+    sizes = RolloutSize(prompts, samples, size, accumulation, passes)
+    return RolloutLoader(DataLoader(examples, prompts, seed=5), collect, sizes), collected
 
 
 def seen(window: Sequence[Batch]) -> list[tuple[int, ...]]:
