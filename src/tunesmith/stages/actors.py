@@ -48,6 +48,7 @@ def with_actors(config: RunConfig, given: Ingredients, line: Line) -> PolicyIngr
         ModelError: the reward model or the reference cannot be loaded.
     """
     _check_room(config, given)
+    _say_what_is_cut_off(config, given)
     without_dropout(unwrap(given.forward.model))
     if config.finetuning.stage == "ppo":
         set_head(given.forward.model, ValueHead(head_width(unwrap(given.forward.model))).to(given.device))
@@ -105,6 +106,15 @@ def _check_room(config: RunConfig, given: Ingredients) -> None:
                 f"cutoff_len: the prompt of {rows[longest].source} has {rows.lengths[longest]:,} tokens, which leaves no room "
                 f"for an answer within {min(limits):,}; lower cutoff_len, which bounds prompts in this stage"
             )
+
+
+def _say_what_is_cut_off(config: RunConfig, given: Ingredients) -> None:
+    """Tell that answers are drawn from less than what is learned about."""
+    whole = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    if cut := [key for key, value in whole.items() if getattr(config.generating, key) != value]:
+        given.reporter.note(
+            f"note: {', '.join(cut)}: answers are drawn from a part of the policy; log-probabilities are those of all of it"
+        )
 
 
 def positions_of(given: Ingredients) -> int | None:

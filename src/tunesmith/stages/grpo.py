@@ -29,6 +29,9 @@ class GRPOPeftTrainer(PolicyPeftTrainer):
         policy = self.policy
         scores_A, groups_A = (torch.cat([getattr(part, name) for part in rollout]) for name in ("scores_R", "groups_R"))
         advantages_A = group_advantages(scores_A, groups_A, policy.scale_rewards, policy.group_baseline)
+        scores_GN = scores_A.view(-1, policy.num_generations or 1)  # answers to one prompt follow each other
+        uniform_G = scores_GN.amax(1) == scores_GN.amin(1)
+        self.fresh["uniform_groups"] = (int(uniform_G.sum()), len(uniform_G))
         found, longest = [], float(longest_answer(policy, self.given.generating))
         for part, advantages_R in zip(rollout, advantages_A.split([len(part.scores_R) for part in rollout]), strict=True):
             row_S = target_rows(part.batch)
