@@ -22,7 +22,7 @@ from tunesmith.config.arguments import GeneratingArguments
 from tunesmith.errors import ModelError
 from tunesmith.generate.engine import answering
 from tunesmith.generate.flow import Answer, Flow, Request, Statistics
-from tunesmith.generate.logits import InvalidScoreLogitsProcessor
+from tunesmith.generate.logits import InvalidScoreLogitsProcessor, say_repaired
 from tunesmith.generate.sampling import choose, stream
 from tunesmith.generate.steps import Steps, why_not
 from tunesmith.model.adapter import unwrap
@@ -125,11 +125,13 @@ class BatchEngine:
             Request(one, args, tuple((*key, sample) for sample in range(samples)), most, seed)
             for one, key, most in zip(ids, keys, rooms, strict=True)
         ]
-        began = time.perf_counter()
+        began, repaired = time.perf_counter(), self.statistics.repaired
         if requests:
             for number, sample, answer in self._run(requests):
                 found[number][sample] = answer
         self.statistics.seconds += time.perf_counter() - began
+        if self.statistics.repaired > repaired == 0:
+            say_repaired()
         return [[answer for answer in row if answer is not None] for row in found]
 
     def _room(self, number: int, known: int, args: GeneratingArguments, room: Sequence[int] | None) -> int:
@@ -143,8 +145,8 @@ class BatchEngine:
         if known == 0 or not limits or min(limits) <= 0:
             raise ModelError(
                 f"prompt {number + 1} of {known} tokens cannot be answered: a prompt has at least one token and leaves "
-                f"room for one within max_new_tokens {args.max_new_tokens}, max_length {args.max_length}, the model's {self.longest}"
-                + ("" if room is None else f" and its own limit of {room[number]}")
+                f"room for one within max_new_tokens {args.max_new_tokens}, max_length {args.max_length}, the model's "
+                f"{self.longest}" + ("" if room is None else f" and its own limit of {room[number]}")
             )
         return min(limits)
 

@@ -16,6 +16,9 @@ from transformers import Cache
 
 from tunesmith.model.attention import NotSegmentable
 
+_STEP = 32
+"""Tokens by which what a step looks at grows: products of a shape that was seen before need not be planned anew."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -38,6 +41,7 @@ class RowCache(Cache):
 
     Attributes:
         lengths: tokens of each active row.
+        reach: tokens that a step looks at: of the longest row, and some more.
 
     Args:
         rows: that are active at the same time, at most; memory is taken as it is needed.
@@ -51,8 +55,8 @@ class RowCache(Cache):
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._places: Sequence[Place] | None = None
-        self._at: torch.Tensor | None = None
-        self._reach, self._room = 0, (0, 0)
+        self._at: tuple[torch.Tensor, ...] = ()
+        self.reach, self._room = 0, (0, 0)
 
     def prompts(self, places: Sequence[Place]) -> None:
         """The next pass computes prompts, whose rows become active."""
@@ -65,7 +69,8 @@ class RowCache(Cache):
     def advance(self, device: torch.device) -> None:
         """The next pass computes one more token of each active row."""
         self._places = None
-        self._at = torch.tensor(self.lengths, device=device)[:, None]
+        rows_B = torch.arange(len(self.lengths), device=device)
+        self._at = (rows_B, torch.tensor(self.lengths, device=device))
         self.lengths = [length + 1 for length in self.lengths]
         self._grow()
 
@@ -95,27 +100,24 @@ class RowCache(Cache):
             key_states: ``[1, k, T, d]`` of a flat batch: prompts, or a token of each active row.
             value_states: ``[1, k, T, e]``.
             layer_idx: number of the layer.
-            args, kwargs: not looked at.
+            *args: not looked at.
+            **kwargs: not looked at.
 
         Returns:
             Of prompts the same, of a step ``[B, k, L, d]`` and ``[B, k, L, e]`` of all active rows.
         """
-        kept = [self._held(self._keys, layer_idx, key_states), self._held(self._values, layer_idx, value_states)]
+        keys, values = self._held(self._keys, layer_idx, key_states), self._held(self._values, layer_idx, value_states)
         if self._places is not None:
             for place in self._places:
                 rows = slice(place.row, place.row + place.copies)
-                for held, made in zip(kept, (key_states, value_states), strict=True):
+                for held, made in ((keys, key_states), (values, value_states)):
                     held[rows, :, : place.end - place.begin] = made[0, :, place.begin : place.end]
             return key_states, value_states
-        assert self._at is not None
+        rows_B, at_B = self._at
+        for held, made in ((keys, key_states), (values, value_states)):
+            held[rows_B, :, at_B] = made[0].transpose(0, 1).to(held.dtype)
         count = len(self.lengths)
-        rows_B1 = torch.arange(count, device=self._at.device)[:, None]
-        heads_k = torch.arange(key_states.shape[1], device=self._at.device)
-        found = []
-        for held, made in zip(kept, (key_states, value_states), strict=True):
-            held[rows_B1, heads_k, self._at] = made[0].transpose(0, 1).to(held.dtype)
-            found.append(held[:count, :, : self._reach])
-        return found[0], found[1]
+        return keys[:count, :, : self.reach], values[:count, :, : self.reach]
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Raises NotSegmentable: rows are of different lengths, so a model that counts by its cache cannot use this one."""
@@ -127,22 +129,27 @@ class RowCache(Cache):
 
     def _grow(self) -> None:
         """Room for the longest row: twice as much as before, where rows may become so long."""
-        self._reach = max(self.lengths, default=0)
+        longest = max(self.lengths, default=0)
         rows, tokens = self._room
         if len(self.lengths) > rows:
             rows = min(max(len(self.lengths), 2 * rows), max(self._rows, len(self.lengths)))
-        if self._reach > tokens:
-            tokens = max(min(max(2 * tokens, 64), self._longest), self._reach)
+        if longest > tokens:
+            tokens = max(min(max(2 * tokens, 2 * _STEP), self._longest), longest)
         self._room = (rows, tokens)
+        self.reach = min(-(-longest // _STEP) * _STEP, tokens)
 
     def _held(self, kept: dict[int, torch.Tensor], layer: int, made: torch.Tensor) -> torch.Tensor:
         """The block of a layer, as large as it has to be; zeros where nothing was written."""
         before = kept.get(layer)
         rows, tokens = self._room
-        if before is None or before.shape[0] < rows or before.shape[2] < tokens:
-            kind = made.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else made.dtype
-            kept[layer] = made.new_zeros(rows, made.shape[1], tokens, made.shape[3], dtype=dtype)
-            if before is not None:
-                kept[layer][: before.shape[0], :, : before.shape[2]] = before
+        if before is not None and before.shape[0] >= rows and before.shape[2] >= tokens:
+            return before
+        kind = made.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else made.dtype
+        # a product of queries with keys reads these along tokens, one of weights with values reads those along their width
+        shape = (rows, made.shape[1], made.shape[3], tokens) if kept is self._keys else (rows, made.shape[1], tokens, made.shape[3])
+        block = made.new_zeros(shape, dtype=dtype)
+        kept[layer] = block.mT if kept is self._keys else block
+        if before is not None:
+            kept[layer][: before.shape[0], :, : before.shape[2]] = before
         return kept[layer]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    LogitsProcessorList,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -18,6 +19,7 @@ from transformers import (
 from tunesmith.config.arguments import GeneratingArguments
 from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import ModelError
+from tunesmith.generate.logits import InvalidScoreLogitsProcessor
 from tunesmith.model.adapter import unwrap
 from tunesmith.types import Message
 
@@ -38,6 +40,9 @@ class ChatEngine:
         tokenizer: with a chat template.
         date: what the template takes for today; the real day if None.
         options: further variables for the template, such as ``enable_thinking``.
+
+    Attributes:
+        repairs: repairs scores that are no numbers, and counts them.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class ChatEngine:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, date, options=options)
+        self.repairs = InvalidScoreLogitsProcessor()
         self._end_ids = self._turn_ends()
 
     def _turn_ends(self) -> list[int]:
@@ -76,6 +82,7 @@ class ChatEngine:
             "attention_mask": torch.ones_like(prompt),
             "eos_token_id": self._end_ids,
             "pad_token_id": pad,
+            "logits_processor": LogitsProcessorList([self.repairs]),
             **neutral,
             **options,
         }

@@ -39,6 +39,14 @@ def repair(scores_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return repaired_BV, damaged_B
 
 
+def say_repaired() -> None:
+    """Say in the log that there was something to repair."""
+    log.warning(
+        "the model gave scores that are no numbers (NaN or infinite); the rows that had them were repaired, and answers go on. "
+        "Weights or precision are damaged: try compute_dtype: fp32, or an earlier checkpoint"
+    )
+
+
 class InvalidScoreLogitsProcessor(LogitsProcessor):
     """For ``generate`` of transformers: repairs scores that are no numbers, in the rows that have any (see ``repair``).
 
@@ -55,17 +63,10 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         """Scores ``[B, V]`` for tokens ``[B, L]``."""
         found, damaged_B = repair(scores)
         if found is not scores:
-            self.count(int(damaged_B.sum()))
+            if not self.repaired:
+                say_repaired()
+            self.repaired += int(damaged_B.sum())
         return found
-
-    def count(self, rows: int) -> None:
-        """Note that so many rows were repaired."""
-        if rows and not self.repaired:
-            log.warning(
-                "the model gave scores that are no numbers (NaN or infinite); the rows that had them were repaired, and answers "
-                "go on. Weights or precision are damaged: try compute_dtype: fp32, or an earlier checkpoint"
-            )
-        self.repaired += rows
 
 
 def get_logits_processor() -> LogitsProcessorList:

@@ -17,6 +17,7 @@ from tunesmith.model.attention import NotSegmentable
 from tunesmith.model.attention_cached import HeldRows
 from tunesmith.model.forward import DIFFERENCE, FlatForward, probe_batch
 from tunesmith.model.output import adds_nothing
+from tunesmith.model.packed import packed_linears
 from tunesmith.model.precision import autocast
 
 _DRAWS = 3
@@ -42,12 +43,12 @@ class Steps:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this context passes may be made: no gradients, evaluation mode, the run's arithmetic."""
+        """Within this context passes may be made: no gradients, evaluation mode, the run's arithmetic, weights packed."""
         model = self.forward.model
         training = model.training
         model.eval()
         try:
-            with torch.no_grad(), autocast(self.device, self.dtype):
+            with torch.no_grad(), autocast(self.device, self.dtype), packed_linears(model, self.dtype):
                 yield
         finally:
             model.train(training)
@@ -86,14 +87,14 @@ class Steps:
         places = self._row(np.array(cache.lengths))
         cache.advance(self.device)
         boundaries = torch.arange(len(tokens) + 1, dtype=torch.int32)
-        held = HeldRows(cache.lengths, self.device)
+        held = HeldRows(cache.lengths, cache.reach, self.device)
         inputs = {
             "input_ids": self._row(np.array(tokens)),
             "position_ids": places,
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": 1,
-            "max_length_k": held.longest,
+            "max_length_k": cache.reach,
             "use_cache": True,
             "held_rows": held,
             self._cache: cache,

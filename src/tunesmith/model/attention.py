@@ -3,8 +3,9 @@
 Registered with transformers' ``AttentionInterface`` under ``SEGMENTS``. The boundaries arrive as the field's usual
 ``cu_seq_lens_q`` keyword, which models that support padding-free attention pass through their layers; where rows go on from
 tokens that lie elsewhere (``shared.py``), those are in ``cu_seq_lens_k``. In a step of generation each row is one token, and
-its keys are those that a cache holds (``held_rows``, ``attention_cached.py``). What a layer does beside looking back over its row
-arrives with its call: bounded scores, sinks, dropout. How far it looks is said by the mask that the model asks transformers for, of which only the size is made here; some models tell their layers of a window too, others do not.
+its keys are those that a cache holds (``held_rows``, ``attention_cached.py``). What a layer does beside looking back over its
+row arrives with its call: bounded scores, sinks, dropout. How far it looks is said by the mask that the model asks transformers
+for, of which only the size is made here; some models tell their layers of a window too, others do not.
 """
 
 from __future__ import annotations

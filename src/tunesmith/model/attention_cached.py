@@ -1,11 +1,11 @@
 """Attention of one new token for each of several rows to keys and values that a cache holds: a step of generation.
 
 The library repeats keys for each query head that shares them and asks for a mask of every query and key. Here the query heads
-of a key head are the columns of one product ``K q^T``, in which the keys are the left factor: that one is read where it lies,
-in 16 bits too, where a right factor would be packed anew in every step. Rows end where they end: what lies behind is masked,
-and no key that comes before all windows is read.
+of a key head are the rows of one product with its keys. These lie in the cache token beside token for each of their numbers
+(``K^T``), which the product reads as it is; laid the other way round they would be turned in every step, which takes longer than
+the product. Rows end where they end: what lies behind is masked, and no key that comes before all windows is read.
 
-``B`` rows, ``L`` tokens of the longest, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` and ``e`` widths of a head's
+``B`` rows, ``L`` tokens that are held of each, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` and ``e`` widths of a head's
 keys and values.
 """
 
@@ -25,12 +25,13 @@ class HeldRows:
 
     Args:
         lengths: tokens of each row, its new one included.
+        reach: tokens that are held of each, real or not.
         device: where masks are made.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], reach: int, device: torch.device) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
-        self.longest = int(self.lengths.max())
+        self.reach = reach
         self._device = device
         self._made: dict[tuple[int | None, int | None], tuple[int, torch.Tensor | None]] = {}
 
@@ -47,9 +48,9 @@ class HeldRows:
         if chunk is not None:
             first_B = np.maximum(first_B, (self.lengths - 1) // chunk * chunk)
         first = int(first_B.min())
-        if (first_B == first).all() and (self.lengths == self.longest).all():
+        if (first_B == first).all() and (self.lengths == self.reach).all():
             return first, None
-        keys_L = np.arange(first, self.longest)
+        keys_L = np.arange(first, self.reach)
         hidden_BL = (keys_L >= self.lengths[:, None]) | (keys_L < first_B[:, None])
         return first, torch.from_numpy(hidden_BL).to(self._device)[:, None, None]
 
@@ -79,15 +80,15 @@ def attend_held(
     Returns:
         ``[1, B, h, e]``.
     """
-    assert key.shape[0] == query.shape[2] == len(held.lengths) and key.shape[2] == held.longest, (query.shape, key.shape)
+    assert key.shape[0] == query.shape[2] == len(held.lengths) and key.shape[2] == held.reach, (query.shape, key.shape)
     query, key, value = as_autocast(query, key, value)
     first, hidden_B11L = held.seen(variant.window, chunk)
     rows, groups = key.shape[:2]
     k_NLd, v_NLe = (tensor[:, :, first:].flatten(0, 1) for tensor in (key, value))
-    q_Ndg = query[0].transpose(0, 1).reshape(rows * groups, -1, query.shape[3]).mT
+    q_Ngd = query[0].transpose(0, 1).reshape(rows * groups, -1, query.shape[3])
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores
-        s_NgL = torch.bmm(k_NLd, q_Ndg).mT.to(exact, memory_format=torch.contiguous_format, copy=True).mul_(scale)
+        s_NgL = torch.bmm(q_Ngd, k_NLd.mT).to(exact).mul_(scale)
         if variant.cap is not None:
             s_NgL.div_(variant.cap).tanh_().mul_(variant.cap)
         s_BkgL = s_NgL.view(rows, groups, -1, s_NgL.shape[2])

@@ -145,8 +145,23 @@ class _Place:
         return self._plain(x, *args, **kwargs) if found is None else found
 
 
+def plain_adapter(layer: torch.nn.Module) -> str | None:
+    """The one adapter of a layer that adds ``s B A x`` to a frozen matrix's product and does nothing else; None if it is not so."""
+    if not _is_plain(layer):
+        return None
+    assert isinstance(layer, LoraLayer)
+    return _one_adapter(layer)
+
+
 def _adapter(layer: LoraLayer, x: torch.Tensor) -> str | None:
     """The one adapter that is to be computed here, or None if the layer is to run as PEFT has it."""
+    name = _one_adapter(layer)
+    if name is None or torch.is_autocast_enabled(x.device.type) or x.dtype == layer.lora_A[name].weight.dtype:
+        return name
+    return None
+
+
+def _one_adapter(layer: LoraLayer) -> str | None:
     if layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -161,7 +176,7 @@ def _adapter(layer: LoraLayer, x: torch.Tensor) -> str | None:
         return None
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
-    return name if torch.is_autocast_enabled(x.device.type) or x.dtype == down.weight.dtype else None
+    return name
 
 
 def _run(x: torch.Tensor, layers: Sequence[LoraLayer], adapters: Sequence[str]) -> list[torch.Tensor]:
