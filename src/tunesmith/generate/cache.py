@@ -146,10 +146,13 @@ class RowCache(Cache):
             return before
         kind = made.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else made.dtype
-        # a product of queries with keys reads these along tokens, one of weights with values reads those along their width
-        shape = (rows, made.shape[1], made.shape[3], tokens) if kept is self._keys else (rows, made.shape[1], tokens, made.shape[3])
-        block = made.new_zeros(shape, dtype=dtype)
-        kept[layer] = block.mT if kept is self._keys else block
+        heads, width = made.shape[1], made.shape[3]
+        if (
+            kept is self._keys
+        ):  # a product of queries with keys reads these along tokens, one of weights with values along width
+            kept[layer] = made.new_zeros(rows, heads, width, tokens, dtype=dtype).mT
+        else:
+            kept[layer] = made.new_zeros(rows, heads, tokens, width, dtype=dtype)
         if before is not None:
             kept[layer][: before.shape[0], :, : before.shape[2]] = before
         return kept[layer]

@@ -2,11 +2,11 @@
 
 The library repeats keys for each query head that shares them and asks for a mask of every query and key. Here the query heads
 of a key head are the rows of one product with its keys. These lie in the cache token beside token for each of their numbers
-(``K^T``), which the product reads as it is; laid the other way round they would be turned in every step, which takes longer than
-the product. Rows end where they end: what lies behind is masked, and no key that comes before all windows is read.
+(``K^T``), which the product reads as it is; laid the other way round they would be turned in every step, which takes longer
+than the product. Rows end where they end: what lies behind is masked, and no key that comes before all windows is read.
 
-``B`` rows, ``L`` tokens that are held of each, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` and ``e`` widths of a head's
-keys and values.
+``B`` rows, ``L`` tokens that are held of each, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` and ``e`` widths of a
+head's keys and values.
 """
 
 from __future__ import annotations

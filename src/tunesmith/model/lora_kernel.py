@@ -146,7 +146,7 @@ class _Place:
 
 
 def plain_adapter(layer: torch.nn.Module) -> str | None:
-    """The one adapter of a layer that adds ``s B A x`` to a frozen matrix's product and does nothing else; None if it is not so."""
+    """The one adapter of a layer that adds ``s B A x`` to a frozen matrix's product and does nothing else, or None."""
     if not _is_plain(layer):
         return None
     assert isinstance(layer, LoraLayer)

@@ -76,7 +76,9 @@ def _chosen(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[torch.nn.Line
             within.update(layer.modules())
         elif type(layer) is torch.nn.Linear and layer not in within:
             found[layer] = (layer, "")
-    return {layer: one for layer, one in found.items() if one[0].weight.numel() >= _SMALL and one[0].weight.device.type == "cpu"}
+    return {
+        layer: one for layer, one in found.items() if one[0].weight.numel() >= _SMALL and one[0].weight.device.type == "cpu"
+    }
 
 
 def _packed(base: torch.nn.Linear, layer: LoraLayer | None, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
