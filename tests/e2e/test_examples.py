@@ -1,8 +1,9 @@
-"""The examples of reward models and preferences: they run as they are, and all of their data is good."""
+"""The examples of reward models, preferences and policies: they run as they are, and all of their data is good."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,38 @@ def test_it_trains(stage: str, loss: float, tiny_model: Path, tmp_path: Path, mo
     assert (tmp_path / "run/training_loss.png").is_file()
     found = json.loads(tunesmith("check", path, *changes, "--json").stdout)
     assert not found["errors"] and found["plan"]["memory"]["fits"]
+
+
+@pytest.mark.parametrize(("stage", "rows", "held_out"), [("ppo", 60, 16), ("grpo", 80, 24)])
+def test_a_policy_trains(stage: str, rows: int, held_out: int, tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = [f"model_name_or_path={tiny_model}", f"dataset_dir={EXAMPLES / 'data'}", f"output_dir={run}"]
+    path = EXAMPLES / f"{stage}_lora.yaml"
+    done = tunesmith("train", path, *changes, "max_steps=2", "max_new_tokens=8")
+    assert f"{rows} of {rows} rows kept" in done.stdout
+    log = read_log(run)
+    assert [entry["current_steps"] for entry in log if "eval_reward" in entry] == [0, 2]
+    first = next(entry for entry in log if "loss" in entry)
+    assert first["policy_kl"] == 0 and 0 <= first["reward"] <= 1
+    answers = [json.loads(line) for line in (run / "eval_answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == held_out
+    found = json.loads(tunesmith("check", path, *changes, "--json").stdout)
+    assert not found["errors"] and found["plan"]["memory"]["fits"]
+
+
+def test_sums_are_right() -> None:
+    rows = read("sums")
+    assert len({row["instruction"] for row in rows}) == len(rows) == 80
+    for row in rows:
+        question = row["instruction"]
+        first, second = map(int, re.findall(r"\d+", question))
+        if re.search("times|Multiply|Each of|每盒", question):
+            expected = first * second
+        elif re.search(" - |minus|away|spent|eat|减|吃掉", question):
+            expected = abs(first - second)
+        else:
+            expected = first + second
+        assert row["output"] == str(expected), question
 
 
 def test_feedback_is_one_answer_of_each_pair() -> None:

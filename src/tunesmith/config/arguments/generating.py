@@ -10,15 +10,19 @@ from tunesmith.config.arguments.base import Arguments
 
 
 class GeneratingArguments(Arguments):
-    """How answers are generated in chat."""
+    """How answers are generated, in chat and in training."""
 
     do_sample: bool = Field(True, description="Sample; false: always the likeliest token.")
-    temperature: float = Field(0.7, gt=0, description="Above 1 flatter, below 1 sharper.")
-    top_p: float = Field(0.9, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
-    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens; 0: all.")
+    temperature: float = Field(0.7, gt=0, description="Above 1 flatter, below 1 sharper; in stages ppo and grpo 1 if unset.")
+    top_p: float = Field(
+        0.9, gt=0, le=1, description="Sample from the smallest set of tokens with this probability; ppo and grpo: 1 if unset."
+    )
+    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens; 0: all, as in ppo and grpo if unset.")
     num_beams: int = Field(1, gt=0, description="Beams of a beam search; 1: none.")
     max_length: int | None = Field(None, gt=0, description="Longest prompt plus answer, in tokens.")
-    max_new_tokens: int | None = Field(512, gt=0, description="Longest answer, in tokens. Wins over max_length.")
+    max_new_tokens: int | None = Field(
+        512, gt=0, description="Longest answer, in tokens; in ppo and grpo 256 if unset. Wins over max_length."
+    )
     repetition_penalty: float = Field(1.0, gt=0, description="Above 1 discourages tokens that have already appeared.")
     length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
 

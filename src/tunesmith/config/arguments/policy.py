@@ -60,7 +60,9 @@ class PolicyArguments(Arguments):
     ppo_target: float = Field(6.0, gt=0, description="kl_control: adaptive: divergence of an answer to aim at, in nats.")
     kl_horizon: float = Field(10000.0, gt=0, description="kl_control: adaptive: answers over which the coefficient adapts.")
     target_kl: float | None = Field(
-        None, gt=0, description="Leave the rest of a rollout when the policy is further than this from the one that made it."
+        None,
+        gt=0,
+        description="Leave the rest of a rollout when the policy is further, in nats per token, from the one that made it.",
     )
     gamma: float = Field(1.0, gt=0, le=1, description="ppo: discount of later rewards.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="ppo: lambda of generalised advantage estimation.")
