@@ -1,12 +1,12 @@
-"""``python -m benchmarks [sft|dpo|rm] ...``: see ``sft.py`` and ``pairs.py``; without a name, SFT against the bare loop."""
+"""``python -m benchmarks [sft|dpo|rm|rollout] ...``: see ``sft.py``, ``pairs.py``, ``rollout.py``; without a name, SFT."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import pairs, sft
+from benchmarks import pairs, rollout, sft
 
-NAMES = {"sft": sft.main, "dpo": pairs.dpo, "rm": pairs.rm}
+NAMES = {"sft": sft.main, "dpo": pairs.dpo, "rm": pairs.rm, "rollout": rollout.main}
 
 
 def main() -> None:

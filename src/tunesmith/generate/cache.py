@@ -15,6 +15,7 @@ import torch
 from transformers import Cache
 
 from tunesmith.model.attention import NotSegmentable
+from tunesmith.model.attention_kernel import as_autocast
 
 _STEP = 32
 """Tokens by which what a step looks at grows: products of a shape that was seen before need not be planned anew."""
@@ -94,7 +95,7 @@ class RowCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep what a layer computed; returns what its attention looks at.
+        """Keep what a layer computed, rounded as its attention rounds it; returns what that looks at.
 
         Args:
             key_states: ``[1, k, T, d]`` of a flat batch: prompts, or a token of each active row.
@@ -107,14 +108,15 @@ class RowCache(Cache):
             Of prompts the same, of a step ``[B, k, L, d]`` and ``[B, k, L, e]`` of all active rows.
         """
         keys, values = self._held(self._keys, layer_idx, key_states), self._held(self._values, layer_idx, value_states)
+        rounded = as_autocast(key_states, value_states)
         if self._places is not None:
             for place in self._places:
                 rows = slice(place.row, place.row + place.copies)
-                for held, made in ((keys, key_states), (values, value_states)):
+                for held, made in ((keys, rounded[0]), (values, rounded[1])):
                     held[rows, :, : place.end - place.begin] = made[0, :, place.begin : place.end]
             return key_states, value_states
         rows_B, at_B = self._at
-        for held, made in ((keys, key_states), (values, value_states)):
+        for held, made in ((keys, rounded[0]), (values, rounded[1])):
             held[rows_B, :, at_B] = made[0].transpose(0, 1).to(held.dtype)
         count = len(self.lengths)
         return keys[:count, :, : self.reach], values[:count, :, : self.reach]
@@ -144,13 +146,10 @@ class RowCache(Cache):
         rows, tokens = self._room
         if before is not None and before.shape[0] >= rows and before.shape[2] >= tokens:
             return before
-        kind = made.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else made.dtype
+        dtype = as_autocast(made[:, :, :0])[0].dtype
         heads, width = made.shape[1], made.shape[3]
-        if (
-            kept is self._keys
-        ):  # a product of queries with keys reads these along tokens, one of weights with values along width
-            kept[layer] = made.new_zeros(rows, heads, width, tokens, dtype=dtype).mT
+        if kept is self._keys:  # products with queries read these along tokens, those with values along width
+            kept[layer] = made.new_zeros(rows, heads, width, tokens, dtype=torch.promote_types(dtype, torch.float32)).mT
         else:
             kept[layer] = made.new_zeros(rows, heads, tokens, width, dtype=dtype)
         if before is not None:

@@ -3,7 +3,9 @@
 The library repeats keys for each query head that shares them and asks for a mask of every query and key. Here the query heads
 of a key head are the rows of one product with its keys. These lie in the cache token beside token for each of their numbers
 (``K^T``), which the product reads as it is; laid the other way round they would be turned in every step, which takes longer
-than the product. Rows end where they end: what lies behind is masked, and no key that comes before all windows is read.
+than the product. They are held in float32 though their numbers have 16 bits: a product of 16-bit factors is rounded to 16
+bits, and scores must not be, as they are not in training. Rows end where they end: what lies behind is masked, and no key that
+comes before all windows is read.
 
 ``B`` rows, ``L`` tokens that are held of each, ``h`` query heads, ``k`` key heads, ``g`` = h / k; ``d`` and ``e`` widths of a
 head's keys and values.
@@ -69,7 +71,7 @@ def attend_held(
 
     Args:
         query: ``[1, h, B, d]``, a flat batch of one token of each row.
-        key: ``[B, k, L, d]``, ``h`` a multiple of ``k``; finite also where a row has no token.
+        key: ``[B, k, L, d]``, ``h`` a multiple of ``k``; finite also where a row has no token. Best in float32.
         value: ``[B, k, L, e]``, likewise.
         held: the rows.
         scale: factor of the scores.
@@ -81,14 +83,14 @@ def attend_held(
         ``[1, B, h, e]``.
     """
     assert key.shape[0] == query.shape[2] == len(held.lengths) and key.shape[2] == held.reach, (query.shape, key.shape)
-    query, key, value = as_autocast(query, key, value)
+    query, value = as_autocast(query, value)
     first, hidden_B11L = held.seen(variant.window, chunk)
     rows, groups = key.shape[:2]
     k_NLd, v_NLe = (tensor[:, :, first:].flatten(0, 1) for tensor in (key, value))
     q_Ngd = query[0].transpose(0, 1).reshape(rows * groups, -1, query.shape[3])
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores
-        s_NgL = torch.bmm(q_Ngd, k_NLd.mT).to(exact).mul_(scale)
+        s_NgL = torch.bmm(q_Ngd.to(exact), k_NLd.to(exact).mT).mul_(scale)
         if variant.cap is not None:
             s_NgL.div_(variant.cap).tanh_().mul_(variant.cap)
         s_BkgL = s_NgL.view(rows, groups, -1, s_NgL.shape[2])
