@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.model.test_attention import MODELS, SIZES, built
 from tunesmith.config.arguments import GeneratingArguments
 from tunesmith.errors import ModelError
-from tunesmith.generate import steps
+from tunesmith.generate import batch, steps
 from tunesmith.generate.batch import BatchEngine
 from tunesmith.generate.cache import RowCache
 from tunesmith.generate.engine import ChatEngine
@@ -296,3 +296,31 @@ def test_packed_layers_give_what_layers_give(tiny_model: Path, monkeypatch: pyte
         assert count == 0
     monkeypatch.setattr(packed, "available_memory", lambda _: 1000)
     assert compared(0) == 0
+
+
+def test_fewer_rows_where_memory_is_short(tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(tiny, slots=4)
+    expected = said(engine, prompts_of(300), GREEDY)
+    per_token = 2 * 2 * 16 * (4 + 4)  # two layers, two heads of 16, keys and values in float32
+    monkeypatch.setattr(batch, "available_memory", lambda _: 2 * 2 * per_token * 53)
+    engine.statistics.most_rows = 0
+    assert said(engine, prompts_of(300), GREEDY) == expected
+    assert engine.statistics.most_rows == 2
+
+
+def test_rotations_that_depend_on_the_longest_row_are_left_to_the_library() -> None:
+    """Rows of one length at a time there, so none sees another's scale; below the limit steps are the same."""
+    torch.manual_seed(0)
+    scales = {"short_factor": [1.0] * 4, "long_factor": [3.0, 2.0, 4.0, 8.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **scales}
+    config = transformers.Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=24)
+    model = transformers.Phi3ForCausalLM(config).eval()
+    short = GeneratingArguments(do_sample=False, max_new_tokens=4)
+    prompts = [ids for ids in prompts_of() if len(ids) < 20]
+    expected = one_by_one(model, prompts)
+    engine = engine_of(model)
+    assert engine.reason == ""
+    for args, most, tokens in ((GREEDY, 2, 24), (short, 4, 4)):
+        engine.statistics.most_rows = 0
+        assert said(engine, prompts, args) == [[ids[0][:tokens]] for ids in expected]
+        assert engine.statistics.most_rows == most

@@ -59,6 +59,11 @@ class RowCache(Cache):
         self._at: tuple[torch.Tensor, ...] = ()
         self.reach, self._room = 0, (0, 0)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a row, in all layers; 0 as long as nothing was computed."""
+        return sum(held[0, :, 0].nbytes for held in (*self._keys.values(), *self._values.values()))
+
     def prompts(self, places: Sequence[Place]) -> None:
         """The next pass computes prompts, whose rows become active."""
         self._places = places

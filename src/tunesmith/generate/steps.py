@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from tunesmith.errors import ModelError
 from tunesmith.generate.cache import Place, RowCache
@@ -103,6 +104,28 @@ class Steps:
 
     def _row(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.device)[None]
+
+
+def bytes_per_token(steps: Steps) -> int:
+    """What a cache holds of each token of a row, found by computing one."""
+    cache = RowCache(1, 1)
+    with steps.running():
+        steps.prompts(cache, [np.zeros(1, dtype=np.int64)], [1])
+    return cache.bytes_per_token
+
+
+def one_scale(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a position means the same, however long the rows beside it are; None: always.
+
+    Some rotations have other frequencies once the longest row of a batch is longer than a limit (``longrope``).
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    limits = [
+        one.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or 0
+        for one in (found, *found.values())
+        if isinstance(one, dict) and one.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
 
 
 def why_not(steps: Steps) -> str:
