@@ -23,6 +23,7 @@ from tunesmith.errors import ModelError
 from tunesmith.generate.engine import answering
 from tunesmith.generate.flow import Answer, Flow, Request, Statistics
 from tunesmith.generate.logits import InvalidScoreLogitsProcessor, say_repaired
+from tunesmith.generate.room import room_for
 from tunesmith.generate.sampling import choose, stream
 from tunesmith.generate.steps import Steps, bytes_per_token, one_scale, why_not
 from tunesmith.model.adapter import unwrap
@@ -133,7 +134,8 @@ class BatchEngine:
         """
         assert len(keys) == len(prompts) and samples > 0 and (room is None or len(room) == len(prompts))
         ids = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-        rooms = [self._room(number, len(one), args, room) for number, one in enumerate(ids)]
+        own = room if room is not None else [None] * len(ids)
+        rooms = [room_for(number, len(one), args, self.longest, own[number]) for number, one in enumerate(ids)]
         found: list[list[Answer | None]] = [[None] * samples for _ in ids]
         requests = [
             Request(one, args, tuple((*key, sample) for sample in range(samples)), most, seed)
@@ -147,22 +149,6 @@ class BatchEngine:
         if self.statistics.repaired > repaired == 0:
             say_repaired()
         return [[answer for answer in row if answer is not None] for row in found]
-
-    def _room(self, number: int, known: int, args: GeneratingArguments, room: Sequence[int] | None) -> int:
-        limits = [] if self.longest is None else [self.longest - known]
-        if args.max_new_tokens is not None:
-            limits.append(args.max_new_tokens)
-        elif args.max_length is not None:
-            limits.append(args.max_length - known)
-        if room is not None:
-            limits.append(room[number])
-        if known == 0 or not limits or min(limits) <= 0:
-            raise ModelError(
-                f"prompt {number + 1} of {known} tokens cannot be answered: a prompt has at least one token and leaves "
-                f"room for one within max_new_tokens {args.max_new_tokens}, max_length {args.max_length}, the model's "
-                f"{self.longest}" + ("" if room is None else f" and its own limit of {room[number]}")
-            )
-        return min(limits)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, int, Answer]]:
         if requests[0].args.num_beams > 1:
