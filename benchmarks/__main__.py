@@ -1,12 +1,12 @@
-"""``python -m benchmarks [sft|dpo|rm|rollout] ...``: see ``sft.py``, ``pairs.py``, ``rollout.py``; without a name, SFT."""
+"""``python -m benchmarks [sft|dpo|rm|ppo|rollout] ...``: see ``sft.py``, ``pairs.py``, ``ppo.py``, ``rollout.py``; else SFT."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import pairs, rollout, sft
+from benchmarks import pairs, ppo, rollout, sft
 
-NAMES = {"sft": sft.main, "dpo": pairs.dpo, "rm": pairs.rm, "rollout": rollout.main}
+NAMES = {"sft": sft.main, "dpo": pairs.dpo, "rm": pairs.rm, "ppo": ppo.main, "rollout": rollout.main}
 
 
 def main() -> None:

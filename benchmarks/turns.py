@@ -65,8 +65,9 @@ class Contender:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            assert self._errors is not None
-            self._errors.close()
+            for stream in (self._process.stdin, self._process.stdout, self._errors):
+                assert stream is not None
+                stream.close()
 
     @property
     def seconds(self) -> list[float]:

@@ -5,4 +5,7 @@ On standard input comes a line for each update that is to be made; the answer is
 answer, ``{"ready": ...}``, says that everything is loaded; ``once`` are the seconds of what was computed for ``pairs`` pairs
 before the first update. What a trainer prints besides must go to standard error. Arguments: model folder, file of rows (JSON;
 alpaca, or pairs in the sharegpt form), the work unit as JSON.
+
+Of PPO a line is a whole iteration: ``seconds`` are also told by part, ``tokens`` are those of answers, ``losses`` has what each
+update lost; before the file of rows comes the reward model's adapter.
 """
