@@ -15,6 +15,7 @@ from benchmarks.contenders.separate_ppo import SeparatePpo
 from benchmarks.turns import Contender
 
 from tests.conftest import make_rows
+from tunesmith.model.adapter import head_of
 
 
 @pytest.fixture
@@ -38,12 +39,21 @@ def losses(iteration: dict[str, Any], *names: str) -> torch.Tensor:
     return torch.tensor([[update[name] for name in names] for update in iteration["losses"]], dtype=torch.float64)
 
 
-def test_the_first_update_is_the_same(tiny_model: Path, reward: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("expecting", [False, True])
+def test_the_first_update_is_the_same(tiny_model: Path, reward: str, tmp_path: Path, expecting: bool) -> None:
+    """A head that expects something sends gradients into the trunk of the policy with us, into the critic's there."""
     ours, separate = both(tiny_model, reward, tmp_path)
+    names = ["loss", "policy", "value", "entropy", "norm"]
+    if expecting:
+        names.remove("norm")
+        head = head_of(ours.trainer.model).summary
+        with torch.no_grad():
+            head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+            head.bias.fill_(0.2)
+        separate.critic_head.load_state_dict(head.state_dict())
     mine, theirs = ours.iterate(), separate.iterate(0)
-    names = ("loss", "policy", "value", "entropy", "norm")
     found, expected = losses(mine, *names), losses(theirs, *names)
-    assert found.shape == expected.shape == (4, 5)
+    assert found.shape == expected.shape == (4, len(names))
     assert (expected[0].abs() > 1e-3).all()
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert [mine[key] for key in ("tokens", "answers", "real")] == [theirs[key] for key in ("tokens", "answers", "real")]
