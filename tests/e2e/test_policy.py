@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, make_rows, tunesmith, write_dataset
 from tunesmith.config.load import load_config
+from tunesmith.errors import CheckpointError
 from tunesmith.model.adapter import load_trainable
 from tunesmith.stages.policy import PolicyPeftTrainer
 from tunesmith.stages.run import build_trainer
@@ -36,6 +39,16 @@ def answering(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "max_new_tokens": 16, "per_device_train_batch_size": 8, "ppo_buffer_size": 2, "ppo_epochs": 2, "num_generations": 4,
         "learning_rate": 3e-3, "lr_scheduler_type": "constant", "kl_coef": 0.02,
     }  # fmt: skip
+
+
+class Notes(SilentReporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def built(settings: dict[str, Any], write_config: Any, **changes: Any) -> PolicyPeftTrainer:
@@ -130,6 +143,54 @@ def comparable(run: Path) -> list[dict[str, Any]]:
     """The log without what time it took."""
     timed = ("seconds", "per_second", "_time")
     return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in read_log(run)]
+
+
+@pytest.fixture
+def stopped(answering: dict[str, Any], write_config: Any) -> tuple[dict[str, Any], Path]:
+    """A run with a checkpoint in the middle of a rollout, and its settings."""
+    trainer = built(answering, write_config)
+    windows = trainer.loader.onward(0, 0, {})
+    for _ in range(3):
+        trainer.training_step(next(windows)[0])
+    return answering, trainer.save_checkpoint()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"ppo_epochs": 1}, {"temperature": 0.7}, {"kl_coef": 0.1}, {"reward_functions": {"repetition": 1.0}}]
+)
+def test_other_settings_cannot_go_on(stopped: tuple[dict[str, Any], Path], write_config: Any, changed: dict[str, Any]) -> None:
+    settings, checkpoint = stopped
+    (key,) = changed
+    with pytest.raises(CheckpointError, match=rf"other inputs:\n  {key}: .* then, .* now$"):
+        built(settings, write_config, **changed).train(checkpoint)
+
+
+def test_changed_rewards_are_told(stopped: tuple[dict[str, Any], Path], write_config: Any, tmp_path: Path) -> None:
+    settings, checkpoint = stopped
+    for text, told in ((LETTERS, False), (LETTERS + "# mended\n", True)):
+        (tmp_path / "reward.py").write_text(text, encoding="utf-8")
+        reporter = Notes()
+        trainer = build_trainer(load_config(write_config({**settings, "max_steps": 3}))[0], reporter)[0]
+        trainer.train(checkpoint)
+        assert any("reward_model has changed since checkpoint-3" in line for line in reporter.lines) is told
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("rollout.safetensors", lambda path: path.unlink()),
+        ("rollout.safetensors", lambda path: save_file(load_file(path), path, {"batches": "[{}, {}]"})),
+        ("policy.json", lambda path: path.unlink()),
+        ("policy.json", lambda path: path.write_text('{"kl": null, "scores": {}}')),
+    ],
+)
+def test_a_checkpoint_that_lacks_its_rollout_is_refused(
+    stopped: tuple[dict[str, Any], Path], write_config: Any, name: str, damage: Callable[[Path], None]
+) -> None:
+    settings, checkpoint = stopped
+    damage(checkpoint / name)
+    with pytest.raises(CheckpointError, match=name):
+        built(settings, write_config).train(checkpoint)
 
 
 def test_target_kl_leaves_a_rollout(answering: dict[str, Any], write_config: Any) -> None:

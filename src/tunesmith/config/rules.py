@@ -69,10 +69,10 @@ FREE_ON_RESUME = frozenset({
     "output_dir", "overwrite_output_dir", "do_train", "num_train_epochs", "max_steps", "logging_steps", "eval_strategy",
     "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "report_to", "sample_prompts",
-    "sample_max_new_tokens", "bf16", "fp16", "data_seed", "gradient_checkpointing", "check_memory",
+    "sample_max_new_tokens", "bf16", "fp16", "data_seed", "gradient_checkpointing", "check_memory", "rollout_url",
 })  # fmt: skip
-"""Training keys that a continued run may change; any other difference is refused. (Arithmetic and seed are compared as
-they come out, not as they are spelt.)"""
+"""Keys of training and of rollouts that a continued run may change; any other difference is refused. (Arithmetic and seed are
+compared as they come out, not as they are spelt.)"""
 
 ONE_SHOT = frozenset({"overwrite_output_dir", "resume_from_checkpoint"})
 """Keys that say how this start begins; not kept in the run's config.yaml."""

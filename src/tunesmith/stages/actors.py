@@ -6,12 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 
 from tunesmith.config.arguments import RunConfig
+from tunesmith.config.rules import FREE_ON_RESUME
 from tunesmith.data.kinds import Rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import ConfigError
@@ -59,7 +61,15 @@ def with_actors(config: RunConfig, given: Ingredients, line: Line) -> PolicyIngr
     engine = engine_of(config, given, line)
     sync = None if isinstance(engine, BatchEngine) else engine.sync
     actors = Actors(engine, rewards, reference, sync)
-    return PolicyIngredients(**vars(given), policy=config.policy, generating=config.generating, actors=actors)
+    own = {**vars(given), "inputs": {**given.inputs, **_answering(config)}}
+    return PolicyIngredients(**own, policy=config.policy, generating=config.generating, actors=actors)
+
+
+def _answering(config: RunConfig) -> dict[str, Any]:
+    """What says how answers are made and what they are worth, which a run that is continued must not change."""
+    model = {key: getattr(config.model, key) for key in ("reward_model", "reward_model_type")}
+    said = {**config.policy.model_dump(mode="json"), **config.generating.model_dump(mode="json"), **model}
+    return {key: value for key, value in said.items() if key not in FREE_ON_RESUME}
 
 
 def engine_of(config: RunConfig, given: Ingredients, line: Line) -> BatchEngine | OpenAIEngine | VllmEngine:

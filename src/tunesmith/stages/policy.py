@@ -20,13 +20,14 @@ from tunesmith.config.policy import RolloutSize
 from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.streaming import ExampleStream
+from tunesmith.errors import CheckpointError
 from tunesmith.generate.batch import Answer
 from tunesmith.losses.advantage import RunningMoments, clip_scores
 from tunesmith.losses.policy import AdaptiveKL, FixedKL, KLController, Level, approx_kl, clipped_policy_loss, clipped_tokens
 from tunesmith.model.adapter import head_of, save_finished
 from tunesmith.model.memory import out_of_memory_explained
 from tunesmith.stages.rewards import Answered, Rewards, Scored
-from tunesmith.stages.rollout import ROLLOUT, RolloutLoader, answers_batch, load_rollout, save_rollout
+from tunesmith.stages.rollout import RolloutLoader, answers_batch, load_rollout, save_rollout
 from tunesmith.stages.scores import batch_logprobs_and_entropy
 from tunesmith.train.checkpoint import read_json, write_json
 from tunesmith.train.runfiles import ANSWERS
@@ -302,18 +303,28 @@ class PolicyPeftTrainer(PeftTrainer):
 
     def save_more(self, folder: Path) -> None:
         """The rollout that is being learned from, and what steers the rewards."""
-        write_json(folder / _CONTROL, {"kl": self.control.state(), "scores": self.moments.state()})
+        kept = {"kl": self.control.state(), "scores": self.moments.state(), "rewards": self._actors.rewards.origins}
+        write_json(folder / _CONTROL, kept)
         assert isinstance(self.loader, RolloutLoader)
         if self.loader.at.update:
             save_rollout(self.loader.batches, folder)
 
     def load_more(self, folder: Path) -> None:
-        """What ``save_more`` wrote."""
+        """What ``save_more`` wrote. Raises CheckpointError when it cannot be used."""
         saved = read_json(folder / _CONTROL)
-        self.control = self.control.restored(saved["kl"])
-        self.moments = RunningMoments.from_state(saved["scores"])
+        try:
+            self.control = self.control.restored(saved["kl"])
+            self.moments = RunningMoments.from_state(saved["scores"])
+            origins = dict(saved["rewards"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / _CONTROL}: is not what a checkpoint of this stage holds: {error!r}") from None
+        for name, origin in self._actors.rewards.origins.items():
+            if origins.get(name) != origin:
+                self.given.reporter.note(
+                    f"warning: {name} has changed since {folder.name}; further answers get the new rewards"
+                )
         assert isinstance(self.loader, RolloutLoader)
-        if (folder / ROLLOUT).is_file():
+        if self.state.data.get("update"):
             self.loader.batches = load_rollout(folder)
 
 

@@ -19,10 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
+from tunesmith.config.reward import function_of
+from tunesmith.data.source import file_sha
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenize import Text
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.forward import FlatForward
+from tunesmith.model.origin import fingerprint
 from tunesmith.model.reward import ModelScorer, Scorer, load_reward_model
 from tunesmith.model.scorers import EndpointScorer, FunctionScorer, prompt_and_answer
 from tunesmith.rewards.shipped import SHIPPED, RewardFunction, ready
@@ -93,9 +96,11 @@ class Rewards:
 
     Attributes:
         parts: by name, as they appear in the log.
+        origins: setting -> SHA-256 of the local files that it names, which tells whether they are still the same.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, answers: Sequence[Answered]) -> Scored:
         """Judge answers.
@@ -166,7 +171,16 @@ def load_rewards(config: RunConfig, forward: FlatForward, tokenizer: PreTrainedT
             short = named.rpartition(":")[2]
             name = named if short in parts or short in SHIPPED else short
             parts[name] = Part(weight, partial(_by_text, FunctionScorer(named, "reward_functions")))
-    return Rewards(parts)
+    return Rewards(parts, _origins(config))
+
+
+def _origins(config: RunConfig) -> dict[str, str]:
+    """Of functions the files, of models the weights that lie in a folder."""
+    functions = {f"reward_functions: {name}": name for name in config.policy.reward_functions if name not in SHIPPED}
+    named = {"reward_model": config.model.reward_model, **functions}
+    paths = {setting: function_of(name)[0] for setting, name in named.items() if name is not None}
+    files = {setting: file_sha(path) for setting, path in paths.items() if path.is_file()}
+    return files | {setting: fingerprint(path) for setting, path in paths.items() if path.is_dir()}
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

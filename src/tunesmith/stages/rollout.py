@@ -180,9 +180,9 @@ def load_rollout(folder: Path) -> list[Batch]:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 number, _, name = key.partition(".")
                 tensors[int(number)][name] = file.get_tensor(key)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        return [_batch(fact, held) for fact, held in zip(facts, tensors, strict=True)]
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / ROLLOUT}: cannot be read: {error}") from None
-    return [_batch(fact, held) for fact, held in zip(facts, tensors, strict=True)]
 
 
 def _batch(fact: Mapping[str, Any], held: dict[str, torch.Tensor]) -> Batch:
