@@ -199,6 +199,13 @@ def test_target_kl_leaves_a_rollout(answering: dict[str, Any], write_config: Any
     assert ["reward" in entry for entry in log] == [True, False] * 3  # the first update has not moved yet when it is measured
 
 
+def test_an_epoch_ends_where_its_last_rollout_is_left(answering: dict[str, Any], write_config: Any) -> None:
+    changes = {"target_kl": 1e-6, "ppo_epochs": 4, "val_size": 4, "eval_strategy": "epoch", "max_steps": 20}
+    tunesmith("train", write_config({**answering, **changes}))  # 20 prompts, 4 in a rollout, left after two updates
+    log = read_log(Path(answering["output_dir"]))
+    assert [entry["current_steps"] for entry in log if "eval_reward" in entry] == [10, 20]
+
+
 def test_micro_batches_change_nothing(answering: dict[str, Any], write_config: Any) -> None:
     """Rows are learned from as one by one: the same gradient, however answers are divided."""
     found = []

@@ -30,6 +30,8 @@ NO_EFFECT = {
 
 ALIASES = {
     "flash_attn": "attn_implementation",
+    "ppo_score_norm": "score_norm",
+    "ppo_whiten_rewards": "whiten_rewards",
     "new_special_tokens": "add_special_tokens",
 }
 """Keys of other toolkits that say the same as a key here."""
@@ -91,6 +93,7 @@ NICKNAMES = {
     "max_seq_len": "cutoff_len",
     "model": "model_name_or_path",
     "num_epochs": "num_train_epochs",
+    "num_iterations": "ppo_epochs",
     "r": "lora_rank",
     "resume": "resume_from_checkpoint",
     "steps": "max_steps",

@@ -124,7 +124,8 @@ class DataReport:
         """The account in sentences, every reason with its count and its first rows."""
         yield from self.found
         share = self.supervised / self.tokens if self.tokens else 0.0
-        yield f"{self.kept:,} of {self.read:,} rows kept, {self.tokens:,} tokens, {share:.0%} of them learned"
+        learned = f", {share:.0%} of them learned" if self.supervised else ""  # of prompts nothing is
+        yield f"{self.kept:,} of {self.read:,} rows kept, {self.tokens:,} tokens{learned}"
         for finding in self.of(*_LEFT_OUT):
             yield f"{finding.count:,} dropped: {finding.message} ({finding.places()})"
         if self.remainder:

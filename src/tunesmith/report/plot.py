@@ -92,12 +92,11 @@ def plot_loss(run: Path) -> Path:
         raise CheckpointError(f"{run / LOG_NAME}: holds no loss to draw")
     below = len(drawn) - 1
     figure, axes = plt.subplots(len(drawn), 1, figsize=(8, 4.5 + 2.5 * below), sharex=True, squeeze=False,
-                                height_ratios=(2, *(1 for _ in range(below))))  # fmt: skip
+                                height_ratios=(2, *(1 for _ in range(below))), layout="constrained")  # fmt: skip
     for (row,), panel in zip(axes, drawn, strict=True):
         draw_panel(row, panel)
     axes[-1][0].set_xlabel("update")
     figure.suptitle("training loss" if not below else "training curves")
-    figure.tight_layout()
     target = run / LOSS_PLOT
     figure.savefig(target, dpi=120)
     plt.close(figure)

@@ -38,6 +38,8 @@ class GRPOPeftTrainer(PolicyPeftTrainer):
             weights_S, total = token_weights(row_S, len(part.batch.lengths), _WEIGHTS[policy.grpo_loss], longest)
             if policy.mask_truncated:
                 weights_S = weights_S * part.ended_R[row_S]
+                if policy.grpo_loss == "dapo":
+                    total = float(weights_S.sum())  # tokens that count; the others divide by answers, as if they taught nothing
             part.batch = replace(part.batch, weights_S=weights_S, total_weight=total)
             found.append(PolicyTargets(row_S, advantages_R[row_S], part.logp_S, part.reference_S))
         return found

@@ -248,6 +248,11 @@ class PolicyPeftTrainer(PeftTrainer):
             self.loader.leave()  # step 7
         return result
 
+    def epoch_ended(self, planned: bool) -> bool:
+        """Also where the last rollout of an epoch was left."""
+        assert isinstance(self.loader, RolloutLoader)
+        return self.loader.at.epoch > self.state.epoch
+
     def surrogate(
         self, batch: Batch, logp_S: torch.Tensor, level: Level = "token"
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -70,7 +70,7 @@ class Updater:
         Raises:
             NonFiniteError: the loss or gradient is not finite; nothing has been updated.
         """
-        count = math.fsum(batch.total_weight for batch in window)
+        count = math.fsum(batch.total_weight for batch in window) or 1.0  # where nothing counts, nothing is learned
         outputs = [self._accumulate(batch, compute_loss, count) for batch in window]
         losses = torch.stack([output.sum for output in outputs]).tolist()
         for loss, batch in zip(losses, window, strict=True):

@@ -132,6 +132,10 @@ class PeftTrainer:
         given = self.given
         return make_loader(given.train_examples, self.args, seed, given.shuffle, given.capacity)
 
+    def epoch_ended(self, planned: bool) -> bool:
+        """Whether an epoch ends with the update that was just made; ``planned``: what the loader said before it."""
+        return planned
+
     def save_more(self, folder: Path) -> None:
         """Write into a checkpoint what else the stage needs to go on."""
 
@@ -207,6 +211,7 @@ class PeftTrainer:
                 started = time.monotonic()
                 rate = self.optimizer.param_groups[0]["lr"]
                 result = self.training_step(batches)
+                ended = self.epoch_ended(ended)
                 state.epoch, state.window = (state.epoch + 1, 0) if ended else (state.epoch, state.window + 1)
                 state.elapsed = elapsed_before + time.monotonic() - began
                 if state.step % self.args.logging_steps == 0 or state.step in (1, state.total_steps):
