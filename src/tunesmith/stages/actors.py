@@ -29,7 +29,7 @@ from tunesmith.model.source import locate
 from tunesmith.stages.policy import Actors, PolicyIngredients
 from tunesmith.stages.reference import reference_model
 from tunesmith.stages.rewards import load_rewards
-from tunesmith.stages.scores import batch_logprobs_and_entropy
+from tunesmith.stages.scores import policy_scores
 from tunesmith.train.trainer import Ingredients
 from tunesmith.types import Batch
 
@@ -167,7 +167,7 @@ class _Reference:
     def __call__(self, batch: Batch, temperature: float) -> torch.Tensor:
         names = self._names
         with nullcontext() if names is None else playing(self._given.forward.model, *names):
-            return batch_logprobs_and_entropy(self._given, batch, temperature)[0]
+            return policy_scores(self._given, batch, temperature)[0]
 
 
 def _no_reference(batch: Batch, temperature: float) -> torch.Tensor:

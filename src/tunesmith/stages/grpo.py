@@ -15,7 +15,7 @@ from tunesmith.data.collator import target_rows
 from tunesmith.losses.advantage import group_advantages
 from tunesmith.losses.policy import Aggregation, kl_estimate, token_weights
 from tunesmith.stages.policy import Measured, PolicyPeftTrainer
-from tunesmith.stages.scores import batch_logprobs_and_entropy
+from tunesmith.stages.scores import policy_scores
 from tunesmith.types import Batch, LossOutput, PolicyTargets
 
 _WEIGHTS: dict[str, Aggregation] = {"grpo": "sequence_mean", "dapo": "token_mean", "dr_grpo": "constant"}
@@ -48,9 +48,8 @@ class GRPOPeftTrainer(PolicyPeftTrainer):
         """Steps 4, 8 and 10: the clipped loss, the divergence from the reference, the entropy."""
         policy, taught = self.policy, batch.policy
         assert taught is not None
-        logp_S, entropy_S, _ = batch_logprobs_and_entropy(
-            self.given, batch, self.given.generating.temperature, policy.entropy_coef > 0
-        )
+        logp_S, entropy_S, _ = policy_scores(self.given, batch, self.given.generating.temperature, policy.entropy_coef > 0)
+        assert entropy_S is not None
         losses_S, watched = self.surrogate(batch, logp_S, policy.importance_level)
         watched |= {"policy_loss": losses_S, "entropy": entropy_S}
         more: dict[str, tuple[float, int]] = {}

@@ -28,7 +28,7 @@ from tunesmith.model.adapter import head_of, save_finished
 from tunesmith.model.memory import out_of_memory_explained
 from tunesmith.stages.rewards import Answered, Rewards, Scored
 from tunesmith.stages.rollout import RolloutLoader, answers_batch, load_rollout, save_rollout
-from tunesmith.stages.scores import batch_logprobs_and_entropy
+from tunesmith.stages.scores import policy_scores
 from tunesmith.train.checkpoint import read_json, write_json
 from tunesmith.train.runfiles import ANSWERS
 from tunesmith.train.step import StepResult, add_metrics, means
@@ -100,7 +100,6 @@ class Measured:
         logp_S: log-probabilities under the policy; None: the update that follows computes them itself.
         reference_S: under the reference; None: not needed.
         values_S: what the policy expected; None: it expects nothing.
-        entropy_S: of the policy, in nats; None as ``logp_S``.
     """
 
     batch: Batch
@@ -110,7 +109,6 @@ class Measured:
     logp_S: torch.Tensor | None = None
     reference_S: torch.Tensor | None = None
     values_S: torch.Tensor | None = None
-    entropy_S: torch.Tensor | None = None
 
 
 class PolicyPeftTrainer(PeftTrainer):
@@ -230,8 +228,8 @@ class PolicyPeftTrainer(PeftTrainer):
         with out_of_memory_explained("in a rollout", [batch]):
             if not self.lone_update or self.needs_values:
                 head = head_of(self.model) if self.needs_values else None
-                logp_S, entropy_S, values_S = batch_logprobs_and_entropy(given, on_device, temperature, head=head)
-                part.logp_S, part.entropy_S = logp_S.cpu(), entropy_S.cpu()
+                logp_S, _, values_S = policy_scores(given, on_device, temperature, head=head)
+                part.logp_S = logp_S.cpu()
                 part.values_S = None if values_S is None else values_S.cpu()
             if self.policy.kl_coef:
                 part.reference_S = self._actors.reference(on_device, temperature).cpu()

@@ -15,7 +15,7 @@ from tunesmith.losses.advantage import gae, token_rewards, whiten
 from tunesmith.losses.policy import clipped_value_loss, explained_variance, kl_estimate
 from tunesmith.model.adapter import head_of
 from tunesmith.stages.policy import Measured, PolicyPeftTrainer
-from tunesmith.stages.scores import batch_logprobs_and_entropy
+from tunesmith.stages.scores import policy_scores
 from tunesmith.types import Batch, LossOutput, PolicyTargets
 
 
@@ -69,10 +69,10 @@ class PPOPeftTrainer(PolicyPeftTrainer):
         """Steps 8 to 10: policy, values and entropy of each answer token, from one forward pass."""
         policy, taught = self.policy, batch.policy
         assert taught is not None and taught.values_S is not None and taught.returns_S is not None
-        logp_S, entropy_S, values_S = batch_logprobs_and_entropy(
+        logp_S, entropy_S, values_S = policy_scores(
             self.given, batch, self.given.generating.temperature, policy.entropy_coef > 0, head_of(self.model)
         )
-        assert values_S is not None
+        assert values_S is not None and entropy_S is not None
         policy_S, watched = self.surrogate(batch, logp_S)
         value_S = clipped_value_loss(values_S, taught.values_S, taught.returns_S, policy.cliprange_value)
         losses_S = policy_S + policy.vf_coef * value_S

@@ -38,18 +38,19 @@ def batch_logprobs(given: Ingredients, batch: Batch) -> torch.Tensor:
         return token_logprobs_through(head, _vocabulary(given), hidden_SH, batch.targets_S, output.scale, output.softcap)
 
 
-def batch_logprobs_and_entropy(
-    given: Ingredients, batch: Batch, temperature: float = 1.0, entropy_grad: bool = False, head: ValueHead | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def policy_scores(
+    given: Ingredients, batch: Batch, temperature: float, entropy_grad: bool | None = None, head: ValueHead | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Of each target, its log-probability, the entropy of what could stand in its place, and its value: float32 ``[S]`` each.
 
-    One forward pass, unless the losses of a model are computed from its logits and values are asked for.
+    One forward pass, unless the losses of a model are computed from its logits and values are asked for. Log-probabilities are
+    the same to the bit, whatever else is asked for.
 
     Args:
         given: the model.
         batch: with targets.
         temperature: that logits are divided by.
-        entropy_grad: whether entropies have gradients.
+        entropy_grad: whether entropies have gradients; None: there need not be any.
         head: reads the values; None: no values.
     """
     forward, output = given.forward, given.output
@@ -61,15 +62,15 @@ def batch_logprobs_and_entropy(
             entropy_S = entropy_of_logps(all_SV if entropy_grad else all_SV.detach())
             return all_SV.gather(1, batch.targets_S[:, None])[:, 0], entropy_S, values_S
         matrix = head_matrix(lm_head := output_head(forward.model))
-        scale, softcap = output.scale / temperature, None if output.softcap is None else output.softcap / temperature
-        if matrix is not None:
-            weight_VH, bias_V = matrix
-            found = token_logprobs_and_entropy(hidden_SH, weight_VH, batch.targets_S, bias_V, scale, softcap, entropy_grad)
-        else:
-            found = token_logprobs_and_entropy_through(
-                lm_head, _vocabulary(given), hidden_SH, batch.targets_S, scale, softcap, entropy_grad
-            )
-    return *found, values_S
+        shape = output.scale / temperature, None if output.softcap is None else output.softcap / temperature
+        if matrix is None:
+            vocabulary, grad = _vocabulary(given), bool(entropy_grad)
+            through = token_logprobs_and_entropy_through(lm_head, vocabulary, hidden_SH, batch.targets_S, *shape, grad)
+            return *through, values_S
+        weight_VH, bias_V = matrix
+        if entropy_grad is None:
+            return token_logprobs(hidden_SH, weight_VH, batch.targets_S, bias_V, *shape), None, values_S
+        return *token_logprobs_and_entropy(hidden_SH, weight_VH, batch.targets_S, bias_V, *shape, entropy_grad), values_S
 
 
 @torch.no_grad()
