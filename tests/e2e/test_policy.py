@@ -245,6 +245,23 @@ def test_a_reward_that_breaks_off_loses_nothing(answering: dict[str, Any], write
     assert (run / "adapter_model.safetensors").is_file()
 
 
+def test_a_signal_gives_up_a_rollout_and_nothing_is_lost(answering: dict[str, Any], write_config: Any, tmp_path: Path) -> None:
+    """It comes in the second rollout, while answers are judged; this one is collected again, as if it had never been begun."""
+    terminates = LETTERS.replace("def letters", "import os, pathlib, signal\ncalls = []\ndef letters").replace(
+        "    return",
+        "    calls.append(1)\n    once = pathlib.Path(__file__).with_name('once')\n"
+        "    if len(calls) == 2 and not once.exists():\n        once.touch()\n        os.kill(os.getpid(), signal.SIGTERM)\n    return",
+    )
+    (tmp_path / "reward.py").write_text(terminates, encoding="utf-8")
+    settings, run = {**answering, "max_steps": 8, "kl_control": "adaptive"}, Path(answering["output_dir"])
+    done = tunesmith("train", write_config(settings), check=False)
+    assert done.returncode == 128 + signal.SIGTERM and "stopped at step 4 of 8" in done.stderr
+    tunesmith("train", write_config({**settings, "resume_from_checkpoint": "auto"}))
+    broken = digest(run)
+    tunesmith("train", write_config({**settings, "overwrite_output_dir": True}))
+    assert digest(run) == broken
+
+
 def test_the_value_head_stays_in_checkpoints(answering: dict[str, Any], write_config: Any) -> None:
     tunesmith("train", write_config({**answering, "max_steps": 4, "save_steps": 3, "save_strategy": "steps"}))
     run = Path(answering["output_dir"])

@@ -152,7 +152,20 @@ class PolicyPeftTrainer(PeftTrainer):
 
     @torch.no_grad()
     def collect(self, epoch: int, number: int, rows: Sequence[int]) -> list[Batch]:
-        """A rollout: answers to these prompts, their rewards, and what they teach."""
+        """A rollout: answers to these prompts, their rewards, and what they teach.
+
+        Where it breaks off, nothing has changed, so that it is collected again when the run goes on.
+        """
+        before = self.control, self.moments
+        try:
+            with self.stop.giving_up():
+                return self._collected(epoch, number, rows)
+        except BaseException:
+            self.control, self.moments = before
+            raise
+
+    def _collected(self, epoch: int, number: int, rows: Sequence[int]) -> list[Batch]:
+        """Steps 1 to 6."""
         given = self.given.train_examples
         assert isinstance(given, Rows)
         prompts: list[PromptExample] = [given[row] for row in rows]

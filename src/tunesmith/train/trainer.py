@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -47,6 +44,7 @@ from tunesmith.train.progress import Reporter
 from tunesmith.train.runfiles import DATA_REPORT, FINETUNING_ARGS
 from tunesmith.train.runlog import RunLog
 from tunesmith.train.step import StepResult, Updater, add_metrics, means
+from tunesmith.train.stopping import GivenUp, StopSignals
 from tunesmith.types import Batch, LossOutput
 
 
@@ -108,7 +106,7 @@ class PeftTrainer:
         fp16 = given.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(given.device.type) if fp16 else None
         self.updater = Updater(self.optimizer, args.max_grad_norm, self.scaler)
-        self._stop_signal: int | None = None
+        self.stop = StopSignals(given.reporter.note)
         if notice := optimizer_notice(args, given.device):
             given.reporter.note(notice)
 
@@ -177,7 +175,7 @@ class PeftTrainer:
             stack.callback(reporter.stop)
             if self.state.step < self.state.total_steps:
                 stack.callback(self.write_account)
-            stack.enter_context(self._signals())
+            stack.enter_context(self.stop.heard())
             reporter.start(self.state.total_steps, self.state.step)
             if self.args.eval_on_start and self.state.step == 0 and self.given.eval_examples:
                 self._evaluate(log)
@@ -224,13 +222,15 @@ class PeftTrainer:
                 self._after_step(log)
 
     def _next(self, windows: Iterator[Window]) -> Window:
-        """The next window; if what makes it breaks off (a stream, a reward function), what has been learned is saved."""
+        """The next window; if what makes it breaks off (a stream, a reward, a signal), what has been learned is saved."""
         try:
             return next(windows)
-        except (DataError, ModelError):
+        except (DataError, ModelError, GivenUp) as error:
             if self.state.step and not checkpoint_path(self.given.run, self.state.step).is_dir():
                 folder = self.save_checkpoint()
                 self.given.reporter.note(f"the run broke off after update {self.state.step}; {folder} was written")
+            if isinstance(error, GivenUp):
+                self._raise_interrupted()
             raise
 
     def training_step(self, window: Sequence[Batch]) -> StepResult:
@@ -261,7 +261,7 @@ class PeftTrainer:
             improved = self._evaluate(log)
         every: dict[str, int | str] = {"steps": args.save_steps, "epoch": "epoch"}
         save_every = every.get(args.save_strategy)
-        stopping = self._stop_signal is not None
+        stopping = self.stop.number is not None
         due = save_every is not None and (last or self._due(save_every, epoch_ended))
         if due or stopping or (improved and args.load_best_model_at_end):
             self.save_checkpoint()
@@ -390,34 +390,12 @@ class PeftTrainer:
             done = f"{self.state.step}/{total} updates"
             self.given.reporter.note(f"already complete ({done}); raise max_steps or num_train_epochs to go on")
 
-    # ---- signals
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops after the current step; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-            self.given.reporter.note("stopping after this step, with a checkpoint; once more stops at once")
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _raise_interrupted(self) -> None:
-        assert self._stop_signal is not None
+        assert self.stop.number is not None
         raise Interrupted(
             f"stopped at step {self.state.step} of {self.state.total_steps}; go on with the same command and "
             "resume_from_checkpoint=auto",
-            128 + self._stop_signal,
+            128 + self.stop.number,
         )
 
 
