@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -237,6 +238,14 @@ def test_sections_are_frozen_and_json_round_trips(tmp_path: Path) -> None:
     assert FinetuningArguments.load_from_json(tmp_path / "f.json") == args
     assert list(json.loads((tmp_path / "f.json").read_text())) == sorted(FinetuningArguments.model_fields)
     assert DataTrainingArguments is DataArguments
+
+
+@pytest.mark.parametrize("more", [{}, {"stage": "grpo", "reward_functions": "repetition", "per_device_train_batch_size": 8}])
+def test_max_length_alone_is_a_limit_that_no_default_wins_over(tmp_path: Path, more: dict[str, Any]) -> None:
+    config, _ = load_config(write(tmp_path, yaml.safe_dump({**GOOD, **more, "max_length": 60})))
+    assert config.generating.to_dict().keys() & {"max_length", "max_new_tokens"} == {"max_length"}
+    dump_yaml(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml")[0] == config
 
 
 def test_max_new_tokens_wins_over_max_length() -> None:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, make_rows, tunesmith, write_dataset
 from tunesmith.config.load import load_config
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.model.adapter import load_trainable
+from tunesmith.stages.plan import heaviest_batch
 from tunesmith.stages.policy import PolicyPeftTrainer
 from tunesmith.stages.run import build_trainer
 from tunesmith.train.progress import SilentReporter
@@ -260,6 +261,24 @@ def test_a_signal_gives_up_a_rollout_and_nothing_is_lost(answering: dict[str, An
     broken = digest(run)
     tunesmith("train", write_config({**settings, "overwrite_output_dir": True}))
     assert digest(run) == broken
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_rewards_that_would_drown_all_others_are_refused(
+    answering: dict[str, Any], write_config: Any, tmp_path: Path, stage: str
+) -> None:
+    huge = "def letters(prompts, responses):\n    return [3e38] * len(responses)\n"
+    (tmp_path / "reward.py").write_text(huge, encoding="utf-8")
+    trainer = built(answering, write_config, stage=stage)
+    with pytest.raises(ModelError, match=r"rows.jsonl:1 \(row 1\) comes to 3e\+38, whose square is too large"):
+        trainer.collect(0, 0, range(4))
+    assert built(answering, write_config, stage=stage, reward_clip=5).collect(0, 0, range(4))
+
+
+def test_a_limit_beyond_the_model_plans_no_longer_rows(answering: dict[str, Any], write_config: Any) -> None:
+    config = load_config(write_config({**answering, "max_new_tokens": 100_000}))[0]
+    trainer = built(answering, write_config)
+    assert max(heaviest_batch(config, trainer.given.train_examples).lengths) == 512
 
 
 def test_the_value_head_stays_in_checkpoints(answering: dict[str, Any], write_config: Any) -> None:

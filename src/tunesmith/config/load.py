@@ -119,6 +119,8 @@ def _prefer_resuming(raw: RawConfig) -> list[str]:
 def _take_stage_defaults(raw: RawConfig) -> None:
     """Put what a stage takes for granted where nothing is said."""
     for key, value in STAGE_DEFAULTS.get(str(raw.values.get("stage")), {}).items():
+        if key == "max_new_tokens" and raw.values.get("max_length") is not None:
+            continue  # that says how long an answer can be
         if key not in raw.values or (raw.values[key] is None and key not in GeneratingArguments.model_fields):
             raw.put(key, value, f"default of stage {raw.values['stage']}")
 

@@ -267,6 +267,9 @@ def _longest_answers(config: RunConfig, rows: Any) -> Batch:
     size = config.training.per_device_train_batch_size
     prompts = sorted(rows.lengths.tolist())[-size:]
     answers = [longest_answer(config.policy, config.generating, length) for length in prompts]
+    positions = getattr(_settings(config), "max_position_embeddings", None)
+    if isinstance(positions, int):  # prompts that leave no room are refused when the model is there
+        answers = [min(answer, max(positions - prompt, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
     lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     return blank_batch(lengths, sum(answers), "prompt")
 

@@ -20,7 +20,7 @@ from tunesmith.config.policy import RolloutSize
 from tunesmith.data.kinds import Rows
 from tunesmith.data.loader import DataLoader
 from tunesmith.data.streaming import ExampleStream
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.generate.batch import Answer
 from tunesmith.losses.advantage import RunningMoments, clip_scores
 from tunesmith.losses.policy import AdaptiveKL, FixedKL, KLController, Level, approx_kl, clipped_policy_loss, clipped_tokens
@@ -39,6 +39,8 @@ _CONTROL = "policy.json"
 _EVALUATION = 1 << 30
 """First number of the keys of evaluation answers, so that none of them shares its random numbers with a rollout's."""
 _SHOWN = 2
+_LARGEST = 1e18
+"""Of a score: deviations of scores, and the value loss, are sums of squares."""
 
 
 class Engine(Protocol):
@@ -225,11 +227,21 @@ class PolicyPeftTrainer(PeftTrainer):
         return folder
 
     def _adjusted(self, total_A: torch.Tensor, answered: Sequence[Answered]) -> torch.Tensor:
-        """Step 2: normalised (in stage ppo), bounded; then what it costs not to end, so that no bound hides it."""
+        """Step 2: normalised (in stage ppo), bounded; then what it costs not to end, so that no bound hides it.
+
+        Raises:
+            ModelError: a score whose square is no number of float32; names the row.
+        """
         if self.needs_values and self.policy.score_norm:  # groups are scaled among themselves
             self.moments = self.moments.updated(total_A)
             total_A = self.moments.normalised(total_A, shift_mean=False)
         scores_A = total_A if self.policy.reward_clip is None else clip_scores(total_A, self.policy.reward_clip)
+        most = int(scores_A.abs().argmax())
+        if scores_A[most].abs() > _LARGEST:
+            raise ModelError(
+                f"the reward of {answered[most].prompt.source} comes to {float(scores_A[most]):.3g}, whose square is too large "
+                "for float32; give smaller weights, or reward_clip"
+            )
         ended_A = torch.tensor([answer.ended for answer in answered])
         return scores_A - self.policy.missing_eos_penalty * (~ended_A).float()
 
