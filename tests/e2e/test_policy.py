@@ -281,6 +281,34 @@ def test_a_limit_beyond_the_model_plans_no_longer_rows(answering: dict[str, Any]
     assert max(heaviest_batch(config, trainer.given.train_examples).lengths) == 512
 
 
+def test_drawn_limits_hold_in_evaluation_too(answering: dict[str, Any], write_config: Any) -> None:
+    limits = {"response_lengths": [2, 5], "max_new_tokens": None, "val_size": 6, "eval_strategy": "epoch"}
+    trainer = built(answering, write_config, **limits)
+    trainer.given.run.mkdir(parents=True)
+    assert 2 <= trainer.evaluate()["eval_response_length"] <= 5
+    lengths = [batch.num_targets / len(batch.lengths) for batch in trainer.collect(0, 0, range(4))]
+    assert 2 <= min(lengths) <= max(lengths) <= 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward_model": "{tmp}/reward.py:nothing"}, "the file has no function 'nothing'"),
+        ({"reward_functions": {"{tmp}/reward.py:nothing": 1.0}}, "the file has no function 'nothing'"),
+        ({"reward_model": "{tmp}/nowhere", "reward_model_type": "lora"}, "no such folder"),
+        ({"reward_functions": {"math_answer": 1.0}, "dataset": "questions"}, "2 of 2 prompts have no answer to compare with"),
+    ],
+)
+def test_check_looks_at_rewards(
+    answering: dict[str, Any], write_config: Any, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """What a run, or a later stage of a pipeline, would stumble over is found before anything is trained."""
+    write_dataset(Path(answering["dataset_dir"]), [{"instruction": "the cat"}, {"instruction": "a mat"}], "questions")
+    settings = json.loads(json.dumps({**answering, **changes}).replace("{tmp}", str(tmp_path)))
+    errors = json.loads(tunesmith("check", write_config(settings), "--json", check=False).stdout)["errors"]
+    assert len(errors) == 1 and errors[0]["code"] == "reward" and said in errors[0]["message"]
+
+
 def test_the_value_head_stays_in_checkpoints(answering: dict[str, Any], write_config: Any) -> None:
     tunesmith("train", write_config({**answering, "max_steps": 4, "save_steps": 3, "save_strategy": "steps"}))
     run = Path(answering["output_dir"])
@@ -302,6 +330,7 @@ def test_the_value_head_stays_in_checkpoints(answering: dict[str, Any], write_co
         ({"grpo_loss": "grpo"}, "only with stage: grpo"),
         ({"stage": "grpo", "gamma": 0.9}, "only with stage: ppo"),
         ({"kl_control": "adaptive", "kl_coef": 0}, "adaptive starts from kl_coef"),
+        ({"ref_model": "m", "kl_coef": 0}, "ref_model: has no meaning with kl_coef: 0"),
         ({"packing": True}, "reads prompts"),
         ({"rollout_engine": "api"}, "give both"),
         ({"response_lengths": [8, 4]}, "[least, most]"),

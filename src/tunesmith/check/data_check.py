@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.stages.kto import balanced
 from tunesmith.stages.plan import heaviest_batch, plan_run, refuse_impossible
 from tunesmith.stages.reference import check_reference
+from tunesmith.stages.rewards import check_rewards
 from tunesmith.stages.run import TRAINERS
 from tunesmith.types import Batch, Source
 
@@ -171,8 +173,18 @@ def _look_at_data(config: RunConfig, target: Target, tokenizer: PreTrainedTokeni
     if config.finetuning.stage == "kto" and isinstance(rows, Rows) and rows.kind.name == "feedback":
         config, sentence = balanced(config, rows)
         checked.notes.append(sentence)
+    if isinstance(rows, Rows) and rows.kind.name == target_of(config) == "prompt":
+        _look_at_rewards(config, tokenizer, chain(rows, evaluated), checked)
     if not isinstance(rows, Rows) or rows.kind.name == target_of(config):
         _look_at_memory(config, heaviest_batch(config, rows), checked)
+
+
+def _look_at_rewards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Any], checked: Checked) -> None:
+    """Whether answers to the prompts can be given a reward."""
+    try:
+        check_rewards(config, tokenizer, prompts)
+    except TunesmithError as error:
+        checked.errors.append(_entry("reward", str(error)))
 
 
 def _look_at_memory(config: RunConfig, batch: Batch, checked: Checked) -> None:

@@ -214,6 +214,11 @@ def data_rules(
     """Yield (key, message) for settings of data and tuning that do not go with rollouts."""
     if policy.rollout_engine != "local" and finetuning.finetuning_type != "lora":
         yield "rollout_engine", f"{policy.rollout_engine} is given an adapter before each rollout; set finetuning_type: lora"
+    if finetuning.ref_model is not None and not policy.kl_coef:
+        yield (
+            "ref_model",
+            "has no meaning with kl_coef: 0, where nothing is compared with it; give kl_coef, or remove the key",
+        )
     for key in ("packing", "streaming"):
         if getattr(data, key):
             yield key, f"stage {stage} reads prompts, one by one; remove the key"

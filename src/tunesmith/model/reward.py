@@ -39,7 +39,7 @@ from tunesmith.model.precision import autocast, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.roles import playing
 from tunesmith.model.scorers import EndpointScorer, FunctionScorer, parted
-from tunesmith.model.source import locate, resolve_base
+from tunesmith.model.source import Source, locate, resolve_base
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.types import Conversation
 
@@ -198,7 +198,32 @@ def load_reward_model(
             return _whole(args, date, options or {})
 
 
+def check_reward_model(args: ModelArguments) -> None:
+    """Look at what ``reward_model`` names without reading weights; the file of a function is run.
+
+    Raises:
+        ModelError: it is not there, or is none that scores.
+    """
+    named = args.reward_model
+    if named is not None and args.reward_model_type == "function":
+        FunctionScorer(named)
+    elif named is not None and args.reward_model_type == "lora":
+        _check_adapter(Path(named).expanduser())
+    elif named is not None and args.reward_model_type == "full":
+        _located(args)
+
+
 # ---- an adapter on the trunk
+
+
+def _check_adapter(folder: Path) -> None:
+    if not folder.exists():
+        raise ModelError(f"reward_model: no such folder: {folder}")
+    if resolve_base(folder, "reward_model").kind != "adapter":
+        raise ModelError(f"reward_model: {folder} holds a whole model; set reward_model_type: full")
+    check_adapter_folder(folder)
+    if not has_head(folder):
+        raise no_head(folder)
 
 
 def _adapter(
@@ -209,13 +234,7 @@ def _adapter(
     date: str | None,
     options: Mapping[str, Any],
 ) -> ModelScorer:
-    if not folder.exists():
-        raise ModelError(f"reward_model: no such folder: {folder}")
-    if resolve_base(folder, "reward_model").kind != "adapter":
-        raise ModelError(f"reward_model: {folder} holds a whole model; set reward_model_type: full")
-    check_adapter_folder(folder)
-    if not has_head(folder):
-        raise no_head(folder)
+    _check_adapter(folder)
     _compare_bases(args, folder)
     if trunk is None:
         trunk = _lone_trunk(args, folder)
@@ -303,7 +322,8 @@ def _trained(head: ValueHead, where: Path) -> ValueHead:
 # ---- a whole model
 
 
-def _whole(args: ModelArguments, date: str | None, options: Mapping[str, Any]) -> ModelScorer:
+def _located(args: ModelArguments) -> tuple[ModelArguments, Source]:
+    """How the reward model is loaded, and where it is."""
     assert args.reward_model is not None
     own = ModelArguments(model_name_or_path=args.reward_model, **{key: getattr(args, key) for key in HEEDED_BY_WHOLE})
     try:
@@ -312,6 +332,11 @@ def _whole(args: ModelArguments, date: str | None, options: Mapping[str, Any]) -
         raise ModelError(f"reward_model: {str(error).removeprefix('model_name_or_path: ')}") from error
     if source.adapter is not None:
         raise ModelError(f"reward_model: {args.reward_model} is an adapter; set reward_model_type: lora, or export it")
+    return own, source
+
+
+def _whole(args: ModelArguments, date: str | None, options: Mapping[str, Any]) -> ModelScorer:
+    own, source = _located(args)
     kinds = read_json(source.path / CONFIG).get("architectures")
     classifies = isinstance(kinds, list) and any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
     if has_head(source.path):

@@ -305,7 +305,8 @@ class PolicyPeftTrainer(PeftTrainer):
         assert isinstance(rows, Rows)
         prompts: list[PromptExample] = [rows[row] for row in range(len(rows))]
         keys = [(_EVALUATION, row) for row in range(len(prompts))]
-        answered, _ = self._answers(prompts, keys, 1, None)
+        room = [self.policy.response_lengths[1]] * len(prompts) if self.policy.response_lengths else None
+        answered, _ = self._answers(prompts, keys, 1, room)
         scored = self._actors.rewards(answered)
         self._keep(answered, scored)
         return {f"eval_{name}": mean for name, mean in means(_described(answered, scored)).items()}

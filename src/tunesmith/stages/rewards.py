@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.config.arguments import RunConfig
+from tunesmith.config.arguments import PolicyArguments, RunConfig
 from tunesmith.config.reward import function_of
 from tunesmith.data.source import file_sha
 from tunesmith.data.template import ChatTemplate
@@ -26,7 +26,7 @@ from tunesmith.data.tokenize import Text
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.origin import fingerprint
-from tunesmith.model.reward import ModelScorer, Scorer, load_reward_model
+from tunesmith.model.reward import ModelScorer, Scorer, check_reward_model, load_reward_model
 from tunesmith.model.scorers import EndpointScorer, FunctionScorer, prompt_and_answer
 from tunesmith.rewards.shipped import SHIPPED, RewardFunction, ready
 from tunesmith.types import Conversation, Message, PromptExample
@@ -163,15 +163,32 @@ def load_rewards(config: RunConfig, forward: FlatForward, tokenizer: PreTrainedT
         args = config.model.model_copy(update={"compute_dtype": config.compute_dtype})
         scorer = load_reward_model(args, forward, tokenizer, data.template_date, data.template_options)
         parts[MODEL] = Part(policy.reward_weight, _model_judge(scorer, tokenizer, config))
+    return Rewards(parts | _functions(policy, tokenizer), _origins(config))
+
+
+def check_rewards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[PromptExample]) -> None:
+    """Look at what ``load_rewards`` will need, without a model; files of functions are run.
+
+    Raises:
+        ModelError: something that is named is not there, or cannot be used.
+        DataError: as ``Rewards.check``.
+    """
+    check_reward_model(config.model)
+    Rewards(_functions(config.policy, tokenizer)).check(prompts)
+
+
+def _functions(policy: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Part]:
+    """What ``reward_functions`` names."""
+    parts: dict[str, Part] = {}
     for named, weight in policy.reward_functions.items():
         if named in SHIPPED:
             function = ready(named, policy.reward_options.get(named, {}), lambda text: _tokens(tokenizer, text))
             parts[named] = Part(weight, partial(_by_rule, named, function), SHIPPED[named].compares)
         else:
             short = named.rpartition(":")[2]
-            name = named if short in parts or short in SHIPPED else short
+            name = named if short in {*parts, *SHIPPED, MODEL} else short
             parts[name] = Part(weight, partial(_by_text, FunctionScorer(named, "reward_functions")))
-    return Rewards(parts, _origins(config))
+    return parts
 
 
 def _origins(config: RunConfig) -> dict[str, str]:

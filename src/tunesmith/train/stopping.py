@@ -43,7 +43,13 @@ class StopSignals:
 
     @contextlib.contextmanager
     def giving_up(self) -> Iterator[None]:
-        """Within, the first signal raises GivenUp: the work takes long, and is done again when the run goes on."""
+        """Within, the first signal raises GivenUp: the work takes long, and is done again when the run goes on.
+
+        Raises:
+            GivenUp: also on entering, if a signal came since the last look at ``number``.
+        """
+        if self.number is not None:
+            raise GivenUp
         self._can_give_up = True
         try:
             yield
