@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT, make_rows, tunesmith, write_dataset
+from tests.conftest import make_rows, tunesmith, write_dataset
 from tunesmith.config.load import load_config
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.model.adapter import load_trainable
@@ -126,12 +125,14 @@ def test_kill_9_and_go_on(answering: dict[str, Any], write_config: Any) -> None:
     run = Path(answering["output_dir"])
     tunesmith("train", write_config(settings))
     whole = digest(run)
-    command = [sys.executable, "-m", "tunesmith", "train", str(write_config({**settings, "overwrite_output_dir": True}))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not any(run.glob("checkpoint-[5-9]")):
+    again = write_config({**settings, "overwrite_output_dir": True})
+    process = multiprocessing.get_context("fork").Process(target=tunesmith, args=("train", again))  # it has imported all
+    process.start()
+    while process.is_alive() and not any(run.glob("checkpoint-[5-9]")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (run / "adapter_model.safetensors").exists()
     tunesmith("train", write_config({**settings, "resume_from_checkpoint": "auto"}))
     assert digest(run) == whole
 
