@@ -59,7 +59,8 @@ def built(settings: dict[str, Any], write_config: Any, **changes: Any) -> Policy
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_rewards_rise(answering: dict[str, Any], write_config: Any, stage: str) -> None:
-    more = {"stage": stage, "num_train_epochs": 10, "val_size": 4, "eval_strategy": "epoch", "eval_on_start": True}
+    more = {"stage": stage, "ppo_epochs": 1, "learning_rate": 6e-3, "max_new_tokens": 8, "num_train_epochs": 10, "val_size": 4,
+            "eval_strategy": "epoch", "eval_on_start": True}  # fmt: skip
     done = tunesmith("train", write_config({**answering, **more}))
     log = read_log(Path(answering["output_dir"]))
     rewards = [entry["reward"] for entry in log if "reward" in entry]
