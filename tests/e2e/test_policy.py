@@ -333,6 +333,8 @@ def test_the_value_head_stays_in_checkpoints(answering: dict[str, Any], write_co
         ({"stage": "grpo", "gamma": 0.9}, "only with stage: ppo"),
         ({"kl_control": "adaptive", "kl_coef": 0}, "adaptive starts from kl_coef"),
         ({"ref_model": "m", "kl_coef": 0}, "ref_model: has no meaning with kl_coef: 0"),
+        ({"kl_estimator": "k2", "kl_coef": 0}, "kl_estimator: has no meaning with kl_coef: 0"),
+        ({"group_by_length": True}, "is sorted by itself"),
         ({"packing": True}, "reads prompts"),
         ({"rollout_engine": "api"}, "give both"),
         ({"response_lengths": [8, 4]}, "[least, most]"),

@@ -125,7 +125,9 @@ def policy_rules(
         for key in ("ppo_target", "kl_horizon"):
             if not _as_default(policy, key):
                 yield key, "belongs to kl_control: adaptive; remove the key"
-    if stage == "grpo" and policy.kl_estimator == "k1" and policy.kl_coef:
+    if not policy.kl_coef and policy.kl_estimator not in (None, STAGE_DEFAULTS[stage]["kl_estimator"]):
+        yield "kl_estimator", "has no meaning with kl_coef: 0, where no divergence counts; give kl_coef, or remove the key"
+    elif stage == "grpo" and policy.kl_estimator == "k1":
         yield "kl_estimator", "k1 has a gradient of mean 0 as a loss, so it holds nothing back; take k3 or k2"
     if stage == "grpo":
         yield from _group_rules(policy, training)
@@ -138,6 +140,8 @@ def policy_rules(
             yield "max_new_tokens", "nothing says how long an answer can be; give it, or max_length"
         if generating.num_beams > 1:
             yield "num_beams", f"stage {stage} learns from sampled answers, not from a search; remove the key"
+    if training is not None and training.group_by_length:
+        yield "group_by_length", "a rollout is of prompts in random order, and is sorted by itself; remove the key"
     if training is not None and training.neftune_noise_alpha is not None:
         yield (
             "neftune_noise_alpha",

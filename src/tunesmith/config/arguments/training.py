@@ -39,7 +39,9 @@ class TrainingArguments(Arguments):
     )
     do_train: Literal[True] = Field(True, description="Present for the ecosystem's YAML files; training is what train does.")
     per_device_train_batch_size: int = Field(4, gt=0, description="Rows in one forward pass.")
-    per_device_eval_batch_size: int = Field(8, gt=0, description="Rows in one evaluation forward pass.")
+    per_device_eval_batch_size: int = Field(
+        8, gt=0, description="Rows in one evaluation forward pass; stages ppo and grpo answer as many as fit."
+    )
     gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes summed into one update.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data.")
     group_by_length: bool = Field(
