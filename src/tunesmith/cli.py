@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -323,6 +324,9 @@ def masks(
     raise typer.Exit(1 if total["wrong"] or not total["certified"] else 0)
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def main() -> None:
     """Entry point: errors that a user can cure are one message and an exit status, not a traceback."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when imported, and of each product that it rounds
@@ -335,6 +339,12 @@ def main() -> None:
     except TunesmithError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        what = error.filename or "a file"
+        print(f"error: {what} cannot be written: {error.strerror}; make room, and go on from there", file=sys.stderr)
+        sys.exit(TunesmithError.exit_code)
 
 
 def start() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import resource
 import shutil
 import signal
 import time
@@ -136,6 +137,25 @@ def test_kill_9_and_go_on(answering: dict[str, Any], write_config: Any) -> None:
     assert process.exitcode == -signal.SIGKILL and not (run / "adapter_model.safetensors").exists()
     tunesmith("train", write_config({**settings, "resume_from_checkpoint": "auto"}))
     assert digest(run) == whole
+
+
+def on_a_full_disk(room: int, config: Path, told: Path) -> None:
+    """Train where no file can be larger, and write what was said."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    done = tunesmith("train", config, check=False)
+    told.write_text(f"{done.returncode} {done.stderr}", encoding="utf-8")
+
+
+@pytest.mark.parametrize(("room", "said"), [(2000, "cannot be written"), (30_000, "run: the result cannot be written")])
+def test_a_full_disk_is_told(answering: dict[str, Any], write_config: Any, tmp_path: Path, room: int, said: str) -> None:
+    config = write_config({**answering, "max_steps": 1, "save_strategy": "no"})
+    arguments = (room, config, tmp_path / "told")
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk, args=arguments)
+    process.start()
+    process.join(60)
+    told = (tmp_path / "told").read_text(encoding="utf-8")
+    assert told.startswith("2 ") and said in told and "File too large" in told and "make room" in told
 
 
 def digest(run: Path) -> str:

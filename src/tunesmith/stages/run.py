@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.arguments import RunConfig
@@ -23,7 +24,7 @@ from tunesmith.data.selection import Examples
 from tunesmith.data.streaming import ExampleStream, load_stream
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.thinking import no_effect
-from tunesmith.errors import ConfigError
+from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.model.adapter import count_parameters, drop_head, recompute_activations, save_finished, set_head, stop_at
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.heads import head_width, starting_head
@@ -279,7 +280,12 @@ def _finish(config: RunConfig, trainer: PeftTrainer, folder: Path) -> None:
         stop_at(trainer.model, ChatTemplate(given.tokenizer, config.data.template_date).end_ids)
     if config.finetuning.stage == "ppo":
         drop_head(trainer.model)  # what answers are expected to be worth is of use in training alone
-    save_finished(trainer.model, folder)
+    try:
+        save_finished(trainer.model, folder)
+    except SafetensorError as error:  # its I/O errors are not OSError
+        raise CheckpointError(
+            f"{folder}: the result cannot be written: {error}; make room, and go on with resume_from_checkpoint=auto"
+        ) from error
     given.tokenizer.save_pretrained(folder)
     given.finetuning.save_to_json(folder / FINETUNING_ARGS)
     write_results(
