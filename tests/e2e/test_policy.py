@@ -268,6 +268,20 @@ def test_a_reward_that_breaks_off_loses_nothing(answering: dict[str, Any], write
     assert (run / "adapter_model.safetensors").is_file()
 
 
+def test_starting_anew_leaves_nothing_of_a_run_that_broke_off(
+    answering: dict[str, Any], write_config: Any, tmp_path: Path
+) -> None:
+    run, known = Path(answering["output_dir"]), (tmp_path / "reward.py").read_text(encoding="utf-8")
+    (tmp_path / "reward.py").write_text(known.replace("return", "assert len(prompts) < 16; return"), encoding="utf-8")
+    evaluated = {**answering, "val_size": 4, "eval_strategy": "epoch", "eval_on_start": True}
+    assert tunesmith("train", write_config(evaluated), check=False).returncode
+    assert (run / "eval_answers.jsonl").is_file()
+    (run / "rollout_adapter").mkdir()
+    (tmp_path / "reward.py").write_text(known, encoding="utf-8")
+    tunesmith("train", write_config({**answering, "overwrite_output_dir": True, "max_steps": 1}))
+    assert not (run / "eval_answers.jsonl").exists() and not (run / "rollout_adapter").exists()
+
+
 def test_a_signal_gives_up_a_rollout_and_nothing_is_lost(answering: dict[str, Any], write_config: Any, tmp_path: Path) -> None:
     """It comes in the second rollout, while answers are judged; this one is collected again, as if it had never been begun."""
     terminates = LETTERS.replace("def letters", "import os, pathlib, signal\ncalls = []\ndef letters").replace(

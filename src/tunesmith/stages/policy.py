@@ -30,7 +30,7 @@ from tunesmith.stages.rewards import Answered, Rewards, Scored
 from tunesmith.stages.rollout import RolloutLoader, answers_batch, load_rollout, save_rollout
 from tunesmith.stages.scores import policy_scores
 from tunesmith.train.checkpoint import read_json, write_json
-from tunesmith.train.runfiles import ANSWERS
+from tunesmith.train.runfiles import ANSWERS, ROLLOUT_ADAPTER
 from tunesmith.train.step import StepResult, add_metrics, means
 from tunesmith.train.trainer import Ingredients, PeftTrainer
 from tunesmith.types import Batch, LossOutput, PolicyTargets, PromptExample
@@ -221,7 +221,7 @@ class PolicyPeftTrainer(PeftTrainer):
 
     def _published(self) -> Path:
         """The folder from which an engine elsewhere reads the policy."""
-        folder = self.given.run / "rollout_adapter"
+        folder = self.given.run / ROLLOUT_ADAPTER
         folder.mkdir(exist_ok=True)
         save_finished(self.model, folder)
         return folder

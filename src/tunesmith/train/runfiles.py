@@ -17,6 +17,8 @@ FINETUNING_ARGS = "finetuning_args.json"
 LOSS_PLOT = "training_loss.png"
 ANSWERS = "eval_answers.jsonl"
 """Answers to the evaluation prompts with their rewards, one line each, of the newest evaluation of a policy."""
+ROLLOUT_ADAPTER = "rollout_adapter"
+"""Folder from which an engine elsewhere reads the policy."""
 
 
 def is_finished(run: Path) -> bool:

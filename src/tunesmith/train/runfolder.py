@@ -18,19 +18,21 @@ from tunesmith.config.arguments import TrainingArguments
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.train.checkpoint import list_checkpoints, newest_sound, step_of, verify, write_json
 from tunesmith.train.runfiles import (
+    ANSWERS,
     CONFIG,
     DATA_REPORT,
     FINETUNING_ARGS,
     LOSS_PLOT,
     MANIFEST,
     RESULTS,
+    ROLLOUT_ADAPTER,
     SAMPLES,
     is_finished,
     read_results,
 )
 from tunesmith.train.runlog import LOG_NAME
 
-_OWN_FILES = (CONFIG, MANIFEST, RESULTS, SAMPLES, DATA_REPORT, FINETUNING_ARGS, LOSS_PLOT, LOG_NAME)
+_OWN_FILES = (CONFIG, MANIFEST, RESULTS, SAMPLES, DATA_REPORT, FINETUNING_ARGS, LOSS_PLOT, LOG_NAME, ANSWERS)
 
 
 def claim(args: TrainingArguments) -> Path:
@@ -106,6 +108,8 @@ def write_results(run: Path, existing: set[str], results: dict[str, Any]) -> Non
 def clear(run: Path) -> None:
     """Remove what a run made in this folder; anything else stays."""
     names = list(_OWN_FILES) if _is_ours(run) else []
+    if names:
+        shutil.rmtree(run / ROLLOUT_ADAPTER, ignore_errors=True)
     if is_finished(run):
         names += [name for name in read_results(run)["files"] if Path(name).name == name]
     for name in names:
