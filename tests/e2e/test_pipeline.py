@@ -18,7 +18,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import make_rows, tunesmith, tunesmith_process, write_dataset
 from tests.e2e.test_reward_model import COLUMNS, pairs
+from tunesmith.config.pipeline import load_pipeline
+from tunesmith.errors import CheckpointError
 from tunesmith.pipeline import process
+from tunesmith.pipeline.plan import plan
+from tunesmith.pipeline.state import State
 from tunesmith.train.runlog import read_log
 
 BEGUN = ["pt", "sft", "rm"]
@@ -167,6 +171,26 @@ def test_a_stage_made_otherwise_is_not_touched_unless_asked(file: Path, started:
     assert trained(started) == ["sft", "rm"]
     tunesmith("pipeline", file, *few, "sft.learning_rate=0.02")
     assert trained(started) == []
+
+
+def test_a_changed_reward_function_is_another_setting(file: Path, tmp_path: Path) -> None:
+    """Two plans, without a run: a stage is compared with what was written down of its making."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def short(prompts, responses): return [-len(r) for r in responses]\n", encoding="utf-8")
+    stages = [{"name": "policy", "stage": "grpo", "dataset": "rows", "reward_functions": {f"{rewards}:short": 1.0}}]
+    values = {**yaml.safe_load(file.read_text(encoding="utf-8")), "per_device_train_batch_size": 8, "stages": stages}
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    pipeline = load_pipeline(file)
+    (task,) = plan(pipeline, State(pipeline.folder, str(file)))
+    assert task.record is not None
+    state = State(pipeline.folder, str(file), {"policy": task.record})
+    task.stage.run.mkdir(parents=True)
+    assert [task.action for task in plan(pipeline, state)] == ["resume"]
+    rewards.write_text(rewards.read_text(encoding="utf-8").replace("-len", "len"), encoding="utf-8")
+    with pytest.raises(
+        CheckpointError, match=r"policy: .* made with other settings \(SHA-256 of .*rewards.py: .* then, .* now\)"
+    ):
+        plan(pipeline, state)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from tunesmith.config.arguments import (
@@ -94,6 +95,13 @@ def longest_answer(policy: PolicyArguments, generating: GeneratingArguments, pro
     elif generating.max_length is not None:
         limits.append(max(generating.max_length - prompt, 1))
     return min(limits)
+
+
+def reward_files(model: ModelArguments, policy: PolicyArguments) -> list[Path]:
+    """Files of Python functions that rewards name and that are there."""
+    named = [name for name in policy.reward_functions if name not in SHIPPED_REWARDS]
+    named += [model.reward_model] if model.reward_model is not None and model.reward_model_type == "function" else []
+    return sorted({path for name in named if (path := function_of(name)[0]).is_file()})
 
 
 def policy_rules(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tunesmith.config.arguments import RunConfig
 from tunesmith.config.pipeline import Pipeline, PipelineStage
+from tunesmith.config.policy import reward_files
 from tunesmith.config.rules import ONE_SHOT
 from tunesmith.data.registry import load_attrs
 from tunesmith.data.source import data_files, file_sha
@@ -123,9 +124,10 @@ def _said(settings: dict[str, Any], key: str) -> str:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What differs from the defaults, so that a key of a later version that is not set changes nothing."""
+    """What differs from the defaults, so that a key of a later version that is not set changes nothing; reward functions."""
     sections = [getattr(config, name).model_dump(mode="json", exclude_defaults=True) for name in type(config).model_fields]
-    return {key: value for section in sections for key, value in section.items() if key not in _FREE}
+    said = {key: value for section in sections for key, value in section.items() if key not in _FREE}
+    return said | {f"SHA-256 of {path}": file_sha(path)[:16] for path in reward_files(config.model, config.policy)}
 
 
 def _data(stage: PipelineStage) -> list[str]:
