@@ -12,7 +12,7 @@ takes one number of it for each token: what a row says depends on no other row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from tunesmith.generate.logits import repair
 
 _BLOCK = 64
 """Tokens of a block. Of 32 to 256 the fastest for a vocabulary of 49,152."""
+_CACHED = 1 << 20
+"""Bytes of float32 scores that are looked at together. 64 rows of 49,152 take 3 ms so, and 22 ms at once."""
 _FIRST_LOOK = 256
 """Candidates among which the set of ``top_p`` is looked for first; eight times as many each time that they do not suffice."""
 
@@ -54,6 +56,28 @@ def choose(
     Returns:
         int64 ``[B]`` on the host, and bool ``[B]``, whether a row's scores had to be repaired.
     """
+    parts = [
+        _chosen(logits_BV[rows], args, streams[rows], None if tokens_BL is None else tokens_BL[rows])
+        for rows in _in_cache(logits_BV)
+    ]
+    tokens, repaired = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(repaired)
+
+
+def _in_cache(logits_BV: torch.Tensor) -> Iterator[slice]:
+    """Rows that are looked at together: on a CPU so few that their scores stay in the cache from one look to the next."""
+    rows, vocabulary = logits_BV.shape
+    count = max(1, _CACHED // (4 * vocabulary)) if logits_BV.device.type == "cpu" else rows
+    return (slice(begin, begin + count) for begin in range(0, rows, max(count, 1)))
+
+
+def _chosen(
+    logits_BV: torch.Tensor,
+    args: GeneratingArguments,
+    streams: Sequence[np.random.Generator],
+    tokens_BL: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of some rows."""
     scores_BV = logits_BV.float()
     if args.repetition_penalty != 1.0:
         assert tokens_BL is not None, "a penalty needs to know what was said"
