@@ -112,7 +112,7 @@ def test_auto_with_nothing_to_resume_says_so(settings: dict[str, Any], write_con
 
 def test_a_finished_run_says_so_and_can_go_on(settings: dict[str, Any], write_config: Any) -> None:
     config = write_config(settings)
-    tunesmith_process("train", config, "max_steps=2")
+    tunesmith("train", config, "max_steps=2")
     done = tunesmith_process("train", config, "max_steps=2", "resume_from_checkpoint=auto")
     assert "already complete (2/2 updates)" in done.stdout
     tunesmith("train", config, "max_steps=4", "resume_from_checkpoint=auto")

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Answer", "BatchEngine", "Statistics"]
 
 _SLOTS = 64
-"""Rows at the same time. Twice as many make a token a tenth cheaper on a CPU (SmolLM2-135M), and need twice the memory."""
+"""Rows at the same time: a step reads all weights once, whatever their number, and keys and values take memory for each row."""
 _SHARE = 0.5
 """Of the memory that is left, what keys and values may take."""
 
