@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.arguments import (
+    Arguments,
     DataArguments,
     FinetuningArguments,
     GeneratingArguments,
@@ -104,7 +105,24 @@ def reward_files(model: ModelArguments, policy: PolicyArguments) -> list[Path]:
     return sorted({path for name in named if (path := function_of(name)[0]).is_file()})
 
 
-def policy_rules(
+def policy_violations(sections: Mapping[str, Arguments], finetuning: FinetuningArguments) -> Iterator[tuple[str, str]]:
+    """Yield (key, message) for every rule of rollouts that the sections break. Sections that did not parse are absent."""
+    policy, stage = sections.get("policy"), finetuning.stage
+    if not isinstance(policy, PolicyArguments):
+        return
+    model, data = sections.get("model"), sections.get("data")
+    training, generating = sections.get("training"), sections.get("generating")
+    model = model if isinstance(model, ModelArguments) else None
+    training = training if isinstance(training, TrainingArguments) else None
+    generating = generating if isinstance(generating, GeneratingArguments) else None
+    yield from _policy_rules(stage, policy, model, training, generating)
+    if stage in POLICY_STAGES:
+        yield from _engine_rules(policy, model, finetuning)
+        if isinstance(data, DataArguments):
+            yield from _data_rules(stage, data, finetuning, policy)
+
+
+def _policy_rules(
     stage: str,
     policy: PolicyArguments,
     model: ModelArguments | None,
@@ -200,7 +218,7 @@ def _reward_rules(policy: PolicyArguments, model: ModelArguments | None) -> Iter
             yield key, "has no meaning without reward_model; remove the key"
 
 
-def engine_rules(
+def _engine_rules(
     policy: PolicyArguments, model: ModelArguments | None, finetuning: FinetuningArguments
 ) -> Iterator[tuple[str, str]]:
     """Yield (key, message) for what cannot be handed to another engine: it takes an adapter for the base as it is."""
@@ -220,7 +238,7 @@ def engine_rules(
         )
 
 
-def data_rules(
+def _data_rules(
     stage: str, data: DataArguments, finetuning: FinetuningArguments, policy: PolicyArguments
 ) -> Iterator[tuple[str, str]]:
     """Yield (key, message) for settings of data and tuning that do not go with rollouts."""

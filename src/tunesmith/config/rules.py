@@ -9,13 +9,11 @@ from tunesmith.config.arguments import (
     Arguments,
     DataArguments,
     FinetuningArguments,
-    GeneratingArguments,
     ModelArguments,
-    PolicyArguments,
     TrainingArguments,
 )
 from tunesmith.config.optimizers import OPTIMIZERS, missing_library, read_options, unheeded
-from tunesmith.config.policy import POLICY_STAGES, data_rules, engine_rules, policy_rules
+from tunesmith.config.policy import POLICY_STAGES, policy_violations
 from tunesmith.config.preferences import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, SMOOTHED_LOSSES
 from tunesmith.config.reward import REWARD_KEYS
 
@@ -121,7 +119,7 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
             yield from _quantisation_rules(model, finetuning)
             if finetuning.stage not in POLICY_STAGES:
                 yield from without_reward(model, f"stage: {finetuning.stage}")
-        yield from _policy_rules(sections, finetuning, data if isinstance(data, DataArguments) else None)
+        yield from policy_violations(sections, finetuning)
     if isinstance(training, TrainingArguments):
         yield from _training_rules(training)
         yield from _optimizer_rules(training)
@@ -131,25 +129,6 @@ def violations(sections: dict[str, Arguments]) -> Iterator[tuple[str, str]]:
             yield from _evaluation_rules(data, training)
             yield from _stream_rules(data, training)
             yield from _length_rules(data, training, finetuning)
-
-
-def _policy_rules(
-    sections: dict[str, Arguments], finetuning: FinetuningArguments, data: DataArguments | None
-) -> Iterator[tuple[str, str]]:
-    policy, generating = sections.get("policy"), sections.get("generating")
-    model, training = sections.get("model"), sections.get("training")
-    if isinstance(policy, PolicyArguments):
-        yield from policy_rules(
-            finetuning.stage,
-            policy,
-            model if isinstance(model, ModelArguments) else None,
-            training if isinstance(training, TrainingArguments) else None,
-            generating if isinstance(generating, GeneratingArguments) else None,
-        )
-        if data is not None and finetuning.stage in POLICY_STAGES:
-            yield from data_rules(finetuning.stage, data, finetuning, policy)
-        if finetuning.stage in POLICY_STAGES:
-            yield from engine_rules(policy, model if isinstance(model, ModelArguments) else None, finetuning)
 
 
 def _model_rules(model: ModelArguments, training: TrainingArguments | None) -> Iterator[tuple[str, str]]:

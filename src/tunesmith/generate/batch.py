@@ -30,6 +30,7 @@ from tunesmith.model.adapter import unwrap
 from tunesmith.model.forward import FlatForward
 from tunesmith.model.memory import available_memory
 from tunesmith.model.precision import autocast
+from tunesmith.model.settings import positions
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,7 @@ class BatchEngine:
     @property
     def longest(self) -> int | None:
         """Tokens that the model takes, prompt and answer; None where its configuration does not say."""
-        found = getattr(unwrap(self.forward.model).config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) else None
+        return positions(unwrap(self.forward.model).config)
 
     def flow(self, longest: int) -> Flow:
         """An object to which requests can be added at any time; see ``flow.py``.

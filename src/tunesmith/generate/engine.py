@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -30,6 +31,13 @@ class _StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def end_ids(model: PreTrainedModel, template: ChatTemplate) -> list[int]:
+    """Tokens that end an answer: of the model's own settings, and of the template."""
+    configured = model.generation_config.eos_token_id
+    own = configured if isinstance(configured, list) else [configured]
+    return sorted({end for end in own if end is not None} | set(template.end_ids))
 
 
 class ChatEngine:
@@ -56,12 +64,7 @@ class ChatEngine:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, date, options=options)
         self.repairs = InvalidScoreLogitsProcessor()
-        self._end_ids = self._turn_ends()
-
-    def _turn_ends(self) -> list[int]:
-        configured = self.model.generation_config.eos_token_id
-        ends = configured if isinstance(configured, list) else [configured]
-        return sorted({end for end in ends if end is not None} | set(self.template.end_ids))
+        self._end_ids = end_ids(unwrap(model), self.template)
 
     def _inputs(self, messages: Sequence[Message], args: GeneratingArguments) -> dict[str, Any]:
         ids = self.template.encode_prompt(messages)

@@ -39,6 +39,7 @@ from tunesmith.model.precision import autocast, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
 from tunesmith.model.roles import playing
 from tunesmith.model.scorers import EndpointScorer, FunctionScorer, parted
+from tunesmith.model.settings import positions
 from tunesmith.model.source import Source, locate, resolve_base
 from tunesmith.model.tokenizer import load_tokenizer, read_tokenizer
 from tunesmith.types import Conversation
@@ -104,8 +105,7 @@ class ModelScorer:
     @property
     def positions(self) -> int | None:
         """Tokens that the model was made for, where it says."""
-        found = getattr(unwrap(self.forward.model).config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) else None
+        return positions(unwrap(self.forward.model).config)
 
     def encode(self, conversation: Conversation, ended: bool = True, sampled: bool = False) -> np.ndarray:
         """Token ids of a conversation that ends with the answer, int32. Raises ModelError, which names the row.

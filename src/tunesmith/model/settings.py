@@ -26,6 +26,12 @@ def read_settings(folder: str | Path, trusted: bool) -> PreTrainedConfig:
     return settings
 
 
+def positions(settings: PreTrainedConfig) -> int | None:
+    """Tokens of a row that a model was made for; None where its configuration does not say."""
+    found = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 def library_error(what: str, path: str | Path, error: Exception) -> ModelError:
     """What went wrong when the library loaded something, in a line."""
     if "trust_remote_code" in str(error):

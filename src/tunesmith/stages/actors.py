@@ -18,6 +18,7 @@ from tunesmith.data.kinds import Rows
 from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import ConfigError
 from tunesmith.generate.batch import BatchEngine
+from tunesmith.generate.engine import end_ids
 from tunesmith.generate.remote import OpenAIEngine, VllmEngine
 from tunesmith.model.adapter import beneath_of, set_head, unwrap
 from tunesmith.model.dropout import without_dropout
@@ -25,6 +26,7 @@ from tunesmith.model.forward import FlatForward
 from tunesmith.model.heads import ValueHead, head_width
 from tunesmith.model.lineage import Line, copy_beside
 from tunesmith.model.roles import playing
+from tunesmith.model.settings import positions
 from tunesmith.model.source import locate
 from tunesmith.stages.policy import Actors, PolicyIngredients
 from tunesmith.stages.reference import reference_model
@@ -74,7 +76,9 @@ def _answering(config: RunConfig) -> dict[str, Any]:
 
 def engine_of(config: RunConfig, given: Ingredients, line: Line) -> BatchEngine | OpenAIEngine | VllmEngine:
     """What ``rollout_engine`` names. Raises ModelError where it cannot be used."""
-    policy, ends, longest = config.policy, end_ids(config, given), positions_of(given)
+    policy, model = config.policy, unwrap(given.forward.model)
+    template = ChatTemplate(given.tokenizer, config.data.template_date, options=config.data.template_options)
+    ends, longest = end_ids(model, template), positions(model.config)
     match policy.rollout_engine:
         case "local":
             return BatchEngine(given.forward, ends, given.compute_dtype, attention=given.attention)
@@ -93,18 +97,10 @@ def _rank(model: torch.nn.Module) -> int:
     return int(own) + sum(max((len(down) for down, _ in factors.values()), default=0) for factors in beneath_of(model))
 
 
-def end_ids(config: RunConfig, given: Ingredients) -> Sequence[int]:
-    """Tokens that end an answer: of the model's own settings, and of the template."""
-    configured = unwrap(given.forward.model).generation_config.eos_token_id
-    own = configured if isinstance(configured, list) else [configured]
-    template = ChatTemplate(given.tokenizer, config.data.template_date, options=config.data.template_options)
-    return sorted({end for end in own if end is not None} | set(template.end_ids))
-
-
 def _check_room(config: RunConfig, given: Ingredients) -> None:
     """Raise ConfigError where the longest prompt leaves no room for an answer."""
-    positions = positions_of(given)
-    limits = [] if positions is None else [positions]
+    most = positions(unwrap(given.forward.model).config)
+    limits = [] if most is None else [most]
     if config.generating.max_new_tokens is None and config.generating.max_length is not None:
         limits.append(config.generating.max_length)
     for rows in (given.train_examples, given.eval_examples):
@@ -125,12 +121,6 @@ def _say_what_is_cut_off(config: RunConfig, given: Ingredients) -> None:
         given.reporter.note(
             f"note: {', '.join(cut)}: answers are drawn from a part of the policy; log-probabilities are those of all of it"
         )
-
-
-def positions_of(given: Ingredients) -> int | None:
-    """Tokens that the model was made for, where it says."""
-    found = getattr(unwrap(given.forward.model).config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
 
 
 # ---- the reference

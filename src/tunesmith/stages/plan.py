@@ -22,7 +22,7 @@ from tunesmith.errors import ModelError, OutOfMemoryError
 from tunesmith.model.lineage import line_of
 from tunesmith.model.memory import GIB, allocator_slack, available_memory, resident_memory
 from tunesmith.model.precision import pick_device
-from tunesmith.model.settings import read_settings
+from tunesmith.model.settings import positions, read_settings
 from tunesmith.model.source import locate
 from tunesmith.stages.footprint import Footprint, footprint
 from tunesmith.train.trainer import PeftTrainer
@@ -267,9 +267,9 @@ def _longest_answers(config: RunConfig, rows: Any) -> Batch:
     size = config.training.per_device_train_batch_size
     prompts = sorted(rows.lengths.tolist())[-size:]
     answers = [longest_answer(config.policy, config.generating, length) for length in prompts]
-    positions = getattr(_settings(config), "max_position_embeddings", None)
-    if isinstance(positions, int):  # prompts that leave no room are refused when the model is there
-        answers = [min(answer, max(positions - prompt, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
+    most = positions(_settings(config))
+    if most is not None:  # prompts that leave no room are refused when the model is there
+        answers = [min(answer, max(most - prompt, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
     lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     return blank_batch(lengths, sum(answers), "prompt")
 

@@ -35,7 +35,7 @@ from tunesmith.model.lora_kernel import install_lora_kernel
 from tunesmith.model.output import Output, find_output
 from tunesmith.model.precision import device_name, pick_device, resolve_dtype
 from tunesmith.model.quantize import is_quantised
-from tunesmith.model.settings import read_settings
+from tunesmith.model.settings import positions, read_settings
 from tunesmith.model.source import Source, locate
 from tunesmith.model.tokenizer import added_token_ids, check_added_tokens, load_tokenizer
 from tunesmith.model.trial import small_logits, try_adapter
@@ -151,11 +151,11 @@ def _output(forward: FlatForward, dtype: torch.dtype, reporter: Reporter) -> Out
 
 def beyond_positions(path: Path, trusted: bool, cutoff: int, *sets: Examples | Rows[Any] | ExampleStream | None) -> str | None:
     """That the longest row has more tokens than the model was made for, or None."""
-    positions = getattr(read_settings(path, trusted).get_text_config(), "max_position_embeddings", None)
+    most = positions(read_settings(path, trusted))
     known = [cutoff if isinstance(rows, ExampleStream) else int(rows.lengths.max()) for rows in sets if rows is not None]
-    if not isinstance(positions, int) or max(known) <= positions:
+    if most is None or max(known) <= most:
         return None
-    return f"the longest row has {max(known):,} tokens, and the model was made for {positions:,}; set cutoff_len to that"
+    return f"the longest row has {max(known):,} tokens, and the model was made for {most:,}; set cutoff_len to that"
 
 
 def _source(config: RunConfig, line: Line) -> Source:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from tunesmith.errors import Interrupted
+
 
 class GivenUp(BaseException):
     """Raised by the signal in work that can be given up; no ``Exception``, so that a reward function does not catch it."""
@@ -55,6 +57,13 @@ class StopSignals:
             yield
         finally:
             self._can_give_up = False
+
+    def interrupted(self, where: str) -> Interrupted:
+        """What ends the run; ``where`` it stopped."""
+        assert self.number is not None
+        return Interrupted(
+            f"stopped at {where}; go on with the same command and resume_from_checkpoint=auto", 128 + self.number
+        )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:

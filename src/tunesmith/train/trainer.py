@@ -230,7 +230,7 @@ class PeftTrainer:
                 folder = self.save_checkpoint()
                 self.given.reporter.note(f"the run broke off after update {self.state.step}; {folder} was written")
             if isinstance(error, GivenUp):
-                self._raise_interrupted()
+                raise self._interrupted() from None
             raise
 
     def training_step(self, window: Sequence[Batch]) -> StepResult:
@@ -266,7 +266,7 @@ class PeftTrainer:
         if due or stopping or (improved and args.load_best_model_at_end):
             self.save_checkpoint()
         if stopping and not last:
-            self._raise_interrupted()
+            raise self._interrupted()
 
     def _eval_every(self) -> int | str | None:
         if not evaluates(self.args):
@@ -277,6 +277,9 @@ class PeftTrainer:
         if isinstance(every, int):
             return self.state.step % every == 0
         return every == "epoch" and epoch_ended
+
+    def _interrupted(self) -> Interrupted:
+        return self.stop.interrupted(f"step {self.state.step} of {self.state.total_steps}")
 
     # ---- evaluation
 
@@ -389,14 +392,6 @@ class PeftTrainer:
         if self.state.step >= total:
             done = f"{self.state.step}/{total} updates"
             self.given.reporter.note(f"already complete ({done}); raise max_steps or num_train_epochs to go on")
-
-    def _raise_interrupted(self) -> None:
-        assert self.stop.number is not None
-        raise Interrupted(
-            f"stopped at step {self.state.step} of {self.state.total_steps}; go on with the same command and "
-            "resume_from_checkpoint=auto",
-            128 + self.stop.number,
-        )
 
 
 def _clock(seconds: float) -> str:

@@ -29,7 +29,9 @@ class PolicyArguments(Arguments):
     )
     rollout_url: str | None = Field(None, description="rollout_engine: api: address, e.g. http://127.0.0.1:8000/v1.")
     response_lengths: tuple[int, ...] = Field(
-        (), max_length=2, description="[least, most]: the limit of new tokens is drawn between these for each answer."
+        (),
+        max_length=2,
+        description="[least, most]: the limit of new tokens is drawn between these for each prompt; evaluation takes most.",
     )
     reward_functions: Annotated[dict[str, float], BeforeValidator(weighted)] = Field(
         default_factory=dict,
