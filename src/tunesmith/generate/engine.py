@@ -22,6 +22,7 @@ from tunesmith.data.template import ChatTemplate
 from tunesmith.errors import ModelError
 from tunesmith.generate.logits import InvalidScoreLogitsProcessor
 from tunesmith.model.adapter import unwrap
+from tunesmith.model.settings import positions
 from tunesmith.types import Message
 
 
@@ -68,14 +69,13 @@ class ChatEngine:
 
     def _inputs(self, messages: Sequence[Message], args: GeneratingArguments) -> dict[str, Any]:
         ids = self.template.encode_prompt(messages)
-        longest = self.model.config.get_text_config().max_position_embeddings
-        room = longest - len(ids)
-        if room <= 0:
+        longest = positions(self.model.config)
+        if longest is not None and longest <= len(ids):
             raise ModelError(f"the conversation has {len(ids)} tokens, the model takes {longest}; start a new one")
         options = args.to_dict()
-        if "max_new_tokens" in options:
-            options["max_new_tokens"] = min(options["max_new_tokens"], room)
-        elif options.get("max_length", longest) <= len(ids):
+        if "max_new_tokens" in options and longest is not None:
+            options["max_new_tokens"] = min(options["max_new_tokens"], longest - len(ids))
+        elif options.get("max_length", len(ids) + 1) <= len(ids):
             raise ModelError(f"max_length {options['max_length']} leaves no room after a prompt of {len(ids)} tokens")
         prompt = torch.tensor([ids], device=self.model.device)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._end_ids[0]
